@@ -1,0 +1,14 @@
+"""What the user drags: schemas and tooltips. Each module ends with the list of its nodes."""
+
+from comfy_api.latest import ComfyExtension, io
+
+MODULES = []
+
+
+class ConceptCarriers(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [node for module in MODULES for node in module.NODES]
+
+
+async def comfy_entrypoint() -> ConceptCarriers:
+    return ConceptCarriers()
