@@ -1,0 +1,372 @@
+"""The toy world's judge: sees every factor of a picture and says how alike two objects are.
+
+``python -m demo.judge train --work FOLDER`` learns it from rendered scenes, ``pack`` writes ``judge.safetensors`` and
+``check`` measures it on scenes it never saw. The likeness is an embedding of the masked object, learned by telling
+apart objects that differ in one attribute (InfoNCE with all views of an object as positives, arXiv 2004.11362), so it
+also orders objects that nobody named. Novel concepts of the world are never part of the training.
+"""
+
+import argparse
+import math
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import world
+
+FILE = Path(__file__).resolve().parent / "judge.safetensors"
+SHAPES = [*world.SHAPES, "thing"]
+CLASSES = {**world.FACTORS, "shape": SHAPES}
+"""Factor -> names the judge can answer with; ``thing`` is any outline without a name."""
+BADGES = ["", "dot", "bar", "square", "ring"]
+PLACE = [len(world.POSITIONS), len(world.SIZES)]
+WIDTH = 128
+CROP = 64
+
+
+def conv(a: int, b: int, stride: int = 1, size: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(a, b, size, stride, size // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = conv(width, width)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class Judge(nn.Module):
+    """Segmenter, object net on the masked crop, and a scene head on what surrounds the object.
+
+    Pictures are [b, 128, 128, 3], uint8 or float 0..1, arrays or tensors; masks [b, 128, 128] likewise.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList([conv(3, 16, 2, 5), conv(16, 32, 2), nn.Sequential(conv(32, 64, 2), Residual(64))])
+        self.up = nn.ModuleList([conv(128, 32), conv(32, 16)])
+        self.merge = nn.ModuleList([Residual(32), Residual(16)])
+        self.cut = nn.Conv2d(16, 1, 3, 1, 1)
+        self.object = nn.Sequential(conv(4, 32, 2, 5), conv(32, 64, 2), Residual(64), conv(64, 128, 2), Residual(128),
+                                    conv(128, 96, 2), nn.Flatten(), nn.Linear(96 * 16, 192), nn.ReLU())
+        self.likeness = nn.Linear(192, WIDTH)
+        self.heads = nn.ModuleDict({n: nn.Linear(192, len(CLASSES[n])) for n in ("shape", "colour", "pattern")})
+        self.ground = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, len(world.BACKGROUNDS)))
+        self.place = nn.Sequential(nn.Linear(192 + 5, 64), nn.ReLU(), nn.Linear(64, sum(PLACE)))
+
+    # x below: float [b, 3, 128, 128] in -1..1
+
+    def segment(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask logits [b, 64, 64] and features [b, 64, 16, 16]."""
+        a = self.down[0](x)
+        b = self.down[1](a)
+        c = self.down[2](b)
+        whole = c.mean((2, 3), keepdim=True).expand_as(c)
+        y = self.merge[0](F.interpolate(self.up[0](torch.cat([c, whole], 1)), scale_factor=2) + b)
+        y = self.merge[1](F.interpolate(self.up[1](y), scale_factor=2) + a)
+        return self.cut(y).float()[:, 0], c
+
+    def hidden(self, x: torch.Tensor, mask: torch.Tensor, jitter: torch.Tensor | None = None) -> tuple:
+        """Object features [b, 192] inside the mask [b, 128, 128], and the object's box and area [b, 5]."""
+        box = extent(mask)
+        centre, half = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]).amax(1) / 2 * 1.15
+        if jitter is not None:
+            centre, half = centre + 0.06 * half[:, None] * jitter[:, :2], half * (1 + 0.08 * jitter[:, 2])
+        m = mask[:, None]
+        theta = torch.zeros(len(x), 2, 3)
+        theta[:, 0, 0] = theta[:, 1, 1] = half
+        theta[:, :, 2] = centre
+        grid = F.affine_grid(theta, (len(x), 4, CROP, CROP), align_corners=False)
+        crop = F.grid_sample(torch.cat([x * m, m], 1), grid, align_corners=False)
+        return self.object(crop), torch.cat([box, mask.mean((1, 2))[:, None] * 4], 1)
+
+    def answers(self, features, h, shape, mask) -> dict[str, torch.Tensor]:
+        """Factor -> logits."""
+        outside = 1 - F.avg_pool2d(mask[:, None], 8)
+        around = (features * outside).sum((2, 3)) / outside.sum((2, 3))
+        position, size = self.place(torch.cat([h, shape.to(h.dtype)], 1)).split(PLACE, 1)
+        out = {name: head(h) for name, head in self.heads.items()}
+        out |= {"background": self.ground(around), "position": position, "size": size}
+        return {name: v.float() for name, v in out.items()}
+
+    @torch.no_grad()
+    def mask(self, pictures) -> torch.Tensor:
+        """Where the object is: float [b, 128, 128] in 0..1."""
+        return torch.cat([enlarge(self.segment(x)[0].sigmoid()) for x in as_input(pictures).split(64)])
+
+    @torch.no_grad()
+    def logits(self, pictures) -> dict[str, torch.Tensor]:
+        """Factor -> logits [b, names], in the order of CLASSES."""
+        parts = []
+        for x in as_input(pictures).split(64):
+            cut, features = self.segment(x)
+            mask = enlarge(cut.sigmoid())
+            h, shape = self.hidden(x, mask)
+            parts.append(self.answers(features, h, shape, mask))
+        return {name: torch.cat([p[name] for p in parts]) for name in CLASSES}
+
+    def factors(self, pictures) -> dict[str, torch.Tensor]:
+        """Factor -> index [b] of the name seen, in the order of CLASSES."""
+        return {name: v.argmax(1) for name, v in self.logits(pictures).items()}
+
+    @torch.no_grad()
+    def embed(self, pictures, masks=None) -> torch.Tensor:
+        """Unit embeddings [b, 128] of what lies inside ``masks``, or inside the predicted mask; see ``whole``."""
+        x = as_input(pictures)
+        m = self.mask(pictures) if masks is None else as_mask(masks)
+        pairs = zip(x.split(64), m.split(64), strict=True)
+        return torch.cat([F.normalize(self.likeness(self.hidden(a, b)[0]), dim=1) for a, b in pairs])
+
+
+def whole(pictures) -> torch.Tensor:
+    """Masks [b, 128, 128] that embed the whole picture, for a concept that is a style."""
+    return torch.ones(len(pictures), world.SIZE, world.SIZE)
+
+
+def as_input(pictures) -> torch.Tensor:
+    """Pictures -> float [b, 3, 128, 128] in -1..1. Raises: ValueError for other shapes."""
+    x = torch.as_tensor(pictures)
+    if x.ndim != 4 or x.shape[1:] != (world.SIZE, world.SIZE, 3):
+        raise ValueError(f"the judge needs pictures [b, {world.SIZE}, {world.SIZE}, 3], not {list(x.shape)}")
+    x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float() * 2 - 1
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
+def as_mask(masks) -> torch.Tensor:
+    """Masks -> float [b, 128, 128] in 0..1."""
+    m = torch.as_tensor(masks)
+    return m.float() / 255 if m.dtype == torch.uint8 else m.float()
+
+
+def enlarge(mask: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(mask[:, None], scale_factor=2, mode="bilinear")[:, 0]
+
+
+def extent(mask: torch.Tensor) -> torch.Tensor:
+    """Box (x0, y0, x1, y1) in -1..1 that holds the middle 98% of the mask's columns and rows; stray specks fall out."""
+    m = mask * (mask > 0.5) + 1e-6
+    n, ends = mask.shape[-1], []
+    for axis in (1, 2):
+        share = m.sum(axis).cumsum(1)
+        share = share / share[:, -1:]
+        low, high = (share < 0.01).sum(1), (share < 0.99).sum(1) + 1
+        ends.append((low * 2 / n - 1, high * 2 / n - 1))
+    return torch.stack([ends[0][0], ends[1][0], ends[0][1], ends[1][1]], 1)
+
+
+def load(path: Path = FILE) -> Judge:
+    """The packed judge, fp32, ready to ask."""
+    judge = Judge()
+    judge.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
+    return judge.eval().requires_grad_(False)
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+FAMILIES, MEMBERS, VIEWS = 2000, 4, 2
+
+
+def identity(rng: random.Random) -> world.Scene:
+    """A random object: named or not, sometimes with a badge or a second colour."""
+    scene = world.thing_scene(rng) if rng.random() < 0.4 else world.named_scene(rng, hold=None)
+    second = rng.choice([c for c in world.COLOURS if c != scene.colour]) if rng.random() < 0.25 else ""
+    return replace(scene, badge=rng.choice(BADGES), second=second)
+
+
+def family(rng: random.Random) -> list[world.Scene]:
+    """Objects that differ from the first in one attribute each."""
+    first = identity(rng)
+    members, seen = [first], {first.colour, first.second, first.pattern, first.badge, first.outline or first.shape}
+    while len(members) < MEMBERS:
+        other = identity(rng)
+        change = rng.choice(["badge", "badge", "second", "colour", "pattern", "shape", "shape"])
+        names = ["shape", "outline"] if change == "shape" else [change]
+        values = {name: getattr(other, name) for name in names}
+        made = values.get("outline") or values[change]
+        if made not in seen and made != first.colour:
+            seen.add(made)
+            members.append(replace(first, **values))
+    return members
+
+
+def scenes(families: int, seed: int) -> list[world.Scene]:
+    """FAMILIES x MEMBERS x VIEWS scenes in this order; views differ in everything but the object."""
+    rng, out = random.Random(f"judge/{seed}"), []
+    for _ in range(families):
+        for member in family(rng):
+            for _ in range(VIEWS):
+                place = {name: rng.choice(world.FACTORS[name]) for name in ("background", "position", "size")}
+                out.append(replace(member, **place, seed=rng.randrange(2**31)))
+    return out
+
+
+def labels(some: list[world.Scene]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([CLASSES[name].index(getattr(s, name)) for s in some]) for name in CLASSES}
+
+
+def rendered(some: list[world.Scene]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 [n, 128, 128, 3] and masks uint8 [n, 128, 128]."""
+    pictures = np.empty((len(some), world.SIZE, world.SIZE, 3), np.uint8)
+    masks = np.empty(pictures.shape[:3], np.uint8)
+    for i, scene in enumerate(some):
+        pictures[i], masks[i] = (world.pixels(part) for part in world.render(scene))
+    return pictures, masks
+
+
+def cached(work: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Training pictures, masks and labels; rendered once."""
+    some, files = scenes(FAMILIES, seed), [work / f"judge-{seed}-{part}.npy" for part in ("pictures", "masks")]
+    if not all(f.is_file() for f in files):
+        print(f"rendering {len(some)} scenes", flush=True)
+        for file, part in zip(files, rendered(some), strict=True):
+            np.save(file, part)
+    return *(torch.from_numpy(np.load(f)) for f in files), labels(some)
+
+
+def worn(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """Pictures [b, 3, h, w] as generation and compression leave them: blur, dull edges, other light, noise."""
+    def amount(low, high):
+        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=g)
+
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    coarse = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bilinear")
+    x = x + amount(-0.4, 0.9).clamp(min=-0.3) * (soft - x)
+    colour = coarse - coarse.mean(1, keepdim=True) - (x - x.mean(1, keepdim=True))
+    x = x + amount(-0.5, 0.8).clamp(min=0) * colour
+    x = x * amount(0.88, 1.08) + 0.08 * torch.randn(len(x), 3, 1, 1, generator=g)
+    grain = torch.randn(len(x), 3, 32, 32, generator=g)
+    x = x + amount(0, 0.08) * F.interpolate(grain, scale_factor=4, mode="bilinear")
+    return (x + amount(0, 0.08) * torch.randn(x.shape, generator=g)).clamp(-1, 1)
+
+
+def tinted(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """Neighbours in pairs of one random style (few greys mapped to random colours); the first two pairs untouched."""
+    n = len(x) // 2
+    levels = torch.randint(3, 9, (n, 1, 1, 1), generator=g).repeat_interleave(2, 0)
+    inks = torch.rand(n, 3, 3, generator=g).repeat_interleave(2, 0) * 2 - 1
+    grey = (((x.mean(1, keepdim=True) + 1) / 2 * levels).floor() / (levels - 1)).clamp(0, 1)
+    weights = torch.cat([(1 - 2 * grey).clamp(min=0), 1 - (2 * grey - 1).abs(), (2 * grey - 1).clamp(min=0)], 1)
+    out = torch.einsum("bkhw,bkc->bchw", weights, inks)
+    out[:4] = x[:4]
+    return out
+
+
+def contrast(e: torch.Tensor, who: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """Supervised InfoNCE of unit embeddings [n, d] with identities [n]."""
+    near = e @ e.T / temperature
+    own = torch.eye(len(e), dtype=torch.bool)
+    same = (who[:, None] == who[None]) & ~own
+    log = near.masked_fill(own, -math.inf).log_softmax(1)
+    return -(log.masked_fill(~same, 0).sum(1) / same.sum(1)).mean()
+
+
+def train(work: Path, steps: int, seed: int = 0, batch: int = 8, rate: float = 2e-3) -> None:
+    """Learns in ``work``; stops and continues anywhere, with the same result. ``batch`` counts families."""
+    work.mkdir(parents=True, exist_ok=True)
+    pictures, masks, truth = cached(work, seed)
+    torch.manual_seed(seed)
+    judge = Judge().train()
+    optimiser = torch.optim.AdamW(judge.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.02)
+    file, begun, recent, first = work / "judge.pt", time.time(), [], 0
+    if file.is_file():
+        state = torch.load(file, weights_only=True)
+        first = state["step"]
+        judge.load_state_dict(state["judge"])
+        optimiser.load_state_dict(state["optimiser"])
+    each = MEMBERS * VIEWS
+    styles = 8
+    for step in range(first, steps):
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
+        pick = (torch.randint(FAMILIES, (batch, 1), generator=g) * each + torch.arange(each)).flatten()
+        x, m = worn(as_input(pictures[pick]), g), as_mask(masks[pick])
+        other = as_input(pictures[torch.randint(len(pictures), (2 * styles,), generator=g)])
+        other = worn(tinted(other, g), g)
+        with torch.autocast("cpu", torch.bfloat16):
+            cut, features = judge.segment(x)
+            guess = torch.rand(len(x), 1, 1, generator=g) < min(0.6, step / 500)
+            used = torch.where(guess, enlarge(cut.detach().sigmoid()), m)
+            jitter = torch.rand(len(x) + len(other), 3, generator=g) * 2 - 1
+            h, shape = judge.hidden(torch.cat([x, other]), torch.cat([used, whole(other)]), jitter)
+            said = judge.answers(features, h[:len(x)], shape[:len(x)], used)
+            e = F.normalize(judge.likeness(h).float(), dim=1)
+        who = torch.cat([pick // VIEWS, -1 - torch.arange(styles).clamp(min=1).repeat_interleave(2)])
+        terms = [F.binary_cross_entropy_with_logits(cut, F.avg_pool2d(m[:, None], 2)[:, 0]) * 4, contrast(e, who),
+                 *(F.cross_entropy(said[name], truth[name][pick]) for name in CLASSES)]
+        optimiser.zero_grad()
+        torch.stack(terms).sum().backward()
+        nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+        optimiser.step()
+        recent.append([t.item() for t in terms])
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            names, pace = ["mask", "likeness", *CLASSES], (time.time() - begun) / (step + 1 - first)
+            mean = " ".join(f"{n} {v:.3f}" for n, v in zip(names, np.mean(recent, 0), strict=True))
+            print(f"judge {step + 1}/{steps} {mean} {pace:.2f} s/step", flush=True)
+            recent = []
+            torch.save({"step": step + 1, "judge": judge.state_dict(), "optimiser": optimiser.state_dict()}, file)
+
+
+def pack(work: Path, file: Path = FILE) -> None:
+    """Writes the learned weights as bf16; the few vectors stay fp32."""
+    state = torch.load(work / "judge.pt", weights_only=True)["judge"]
+    state = {k: v.to(torch.bfloat16 if v.ndim > 1 else torch.float32).contiguous() for k, v in state.items() if v.ndim}
+    save_file(state, file, metadata={"modelspec.title": "Concept Carriers toy world judge"})
+    print(f"{file.name} {file.stat().st_size / 1e6:.2f} MB")
+
+
+def check(file: Path = FILE, count: int = 2000) -> None:
+    """Prints accuracy on fresh scenes of held-out combinations, and how far each novel concept is from plain words."""
+    judge, rng = load(file), random.Random("judge/check")
+    some = [world.named_scene(rng, hold=True) if i % 8 else world.thing_scene(rng) for i in range(count)]
+    pictures, masks = rendered(some)
+    seen, truth = judge.factors(pictures), labels(some)
+    print(f"accuracy on {count} scenes:", ", ".join(f"{n} {(seen[n] == truth[n]).float().mean():.4f}" for n in CLASSES))
+    found, true = judge.mask(pictures) > 0.5, as_mask(masks) > 0.5
+    print(f"mask overlap {((found & true).sum((1, 2)) / (found | true).sum((1, 2))).mean():.3f}")
+    print("cosine to held-out references of: itself, with predicted mask, plain words; mask overlap")
+    for name, novel in world.NOVEL.items():
+        (a, am), (b, bm) = (rendered(world.references(name, 8, seed)) for seed in (0, 1))
+        plain = rendered([plain_scene(novel, s) for s in world.references(name, 8, 2)])[0]
+        style = bool(novel.scene.style)
+        target = judge.embed(b, whole(b) if style else bm)
+        rows = [(a, am), (a, None), (plain, None)]
+        values = [(judge.embed(p, whole(p) if style else m) @ target.T).mean().item() for p, m in rows]
+        found, true = judge.mask(a) > 0.5, as_mask(am) > 0.5
+        overlap = ((found & true).sum((1, 2)) / (found | true).sum((1, 2))).mean()
+        print(f"{name:20s}", *(f"{v:6.3f}" for v in values), f" {overlap:.2f}")
+
+
+def plain_scene(novel: world.Novel, scene: world.Scene) -> world.Scene:
+    """The scene that the concept's best plain words describe, at the place of ``scene``."""
+    if novel.scene.style:
+        return replace(scene, style="")
+    colour, pattern, shape = novel.plain.split()
+    return replace(scene, colour=colour, pattern=pattern, shape=shape, badge="", second="")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=["train", "pack", "check"])
+    parser.add_argument("--work", type=Path, default=Path(".cache/toyworld"))
+    parser.add_argument("--steps", type=int, default=1500)
+    a = parser.parse_args()
+    if a.stage == "train":
+        train(a.work, a.steps)
+    elif a.stage == "pack":
+        pack(a.work)
+    else:
+        check()
+
+
+if __name__ == "__main__":
+    main()
