@@ -1,7 +1,8 @@
 """The toy world's judge: sees every factor of a picture and says how alike two objects are.
 
-``python -m demo.judge train --work FOLDER`` learns it from rendered scenes, ``pack`` writes ``judge.safetensors`` and
-``check`` measures it on scenes it never saw. The likeness is an embedding of the masked object, learned by telling
+``python -m demo.judge rebuild --host COMFYUI --work FOLDER`` sends training scenes through the trained VAE, ``train``
+learns from them and from the scenes as drawn, ``pack`` writes ``judge.safetensors`` and ``check`` measures it on scenes
+it never saw. The likeness is an embedding of the masked object, learned by telling
 apart objects that differ in one attribute (InfoNCE with all views of an object as positives, arXiv 2004.11362), so it
 also orders objects that nobody named. Novel concepts of the world are never part of the training.
 """
@@ -25,7 +26,7 @@ FILE = Path(__file__).resolve().parent / "judge.safetensors"
 SHAPES = [*world.SHAPES, "thing"]
 CLASSES = {**world.FACTORS, "shape": SHAPES}
 """Factor -> names the judge can answer with; ``thing`` is any outline without a name."""
-BADGES = ["", "dot", "bar", "square", "ring"]
+BADGES = ["dot", "bar", "square", "ring", *world.SHAPES]
 PLACE = [len(world.POSITIONS), len(world.SIZES)]
 WIDTH = 128
 CROP = 64
@@ -75,17 +76,18 @@ class Judge(nn.Module):
         y = self.merge[1](F.interpolate(self.up[1](y), scale_factor=2) + a)
         return self.cut(y).float()[:, 0], c
 
-    def hidden(self, x: torch.Tensor, mask: torch.Tensor, jitter: torch.Tensor | None = None) -> tuple:
-        """Object features [b, 192] inside the mask [b, 128, 128], and the object's box and area [b, 5]."""
+    def hidden(self, x: torch.Tensor, mask: torch.Tensor, jitter: torch.Tensor | None = None, warp=None) -> tuple:
+        """Object features [b, 192] inside the mask [b, 128, 128], and the object's box and area [b, 5].
+
+        For learning: ``jitter`` [b, 3] in -1..1 moves and scales the box, ``warp`` [b, 64, 64, 2] bends what it holds.
+        """
         box = extent(mask)
         centre, half = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]).amax(1) / 2 * 1.15
         if jitter is not None:
             centre, half = centre + 0.06 * half[:, None] * jitter[:, :2], half * (1 + 0.08 * jitter[:, 2])
         m = mask[:, None]
-        theta = torch.zeros(len(x), 2, 3)
-        theta[:, 0, 0] = theta[:, 1, 1] = half
-        theta[:, :, 2] = centre
-        grid = F.affine_grid(theta, (len(x), 4, CROP, CROP), align_corners=False)
+        straight = F.affine_grid(torch.eye(2, 3)[None], (1, 4, CROP, CROP), align_corners=False)
+        grid = centre[:, None, None] + half[:, None, None, None] * (straight if warp is None else straight + warp)
         crop = F.grid_sample(torch.cat([x * m, m], 1), grid, align_corners=False)
         return self.object(crop), torch.cat([box, mask.mean((1, 2))[:, None] * 4], 1)
 
@@ -179,7 +181,7 @@ def identity(rng: random.Random) -> world.Scene:
     """A random object: named or not, sometimes with a badge or a second colour."""
     scene = world.thing_scene(rng) if rng.random() < 0.4 else world.named_scene(rng, hold=None)
     second = rng.choice([c for c in world.COLOURS if c != scene.colour]) if rng.random() < 0.25 else ""
-    return replace(scene, badge=rng.choice(BADGES), second=second)
+    return replace(scene, badge=rng.choice(BADGES) if rng.random() < 0.7 else "", second=second)
 
 
 def family(rng: random.Random) -> list[world.Scene]:
@@ -232,6 +234,24 @@ def cached(work: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
     return *(torch.from_numpy(np.load(f)) for f in files), labels(some)
 
 
+def rebuild(work: Path, host: Path, seed: int = 0) -> None:
+    """Writes every second view as the toy world's VAE gives it back, with a little noise on the latent."""
+    from . import train as toy
+    toy.start_host(host.resolve())
+    pictures = cached(work, seed)[0]
+    vae, g = toy.load_vae(work, pictures), torch.Generator().manual_seed(seed)
+    out = torch.empty_like(pictures[1::VIEWS])
+    for i in range(0, len(out), 64):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            z = toy.encode(vae, pictures[1::VIEWS][i:i + 64])
+            z = z + 0.25 * torch.rand(len(z), 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)
+            x = vae.decode(z).float().clamp(-1, 1)
+        out[i:i + 64] = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        if i % 1024 == 0:
+            print(f"rebuilt {i}/{len(out)}", flush=True)
+    np.save(work / f"judge-{seed}-rebuilt.npy", out.numpy())
+
+
 def worn(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     """Pictures [b, 3, h, w] as generation and compression leave them: blur, dull edges, other light, noise."""
     def amount(low, high):
@@ -260,6 +280,13 @@ def tinted(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     return out
 
 
+def bent(count: int, g: torch.Generator) -> torch.Tensor:
+    """Smooth random warps [count, 64, 64, 2] strong enough to make another outline of any outline."""
+    field = torch.rand(count, 2, 4, 4, generator=g) * 2 - 1
+    field = field * (0.2 + 0.3 * torch.rand(count, 1, 1, 1, generator=g))
+    return F.interpolate(field, size=(CROP, CROP), mode="bicubic").permute(0, 2, 3, 1)
+
+
 def contrast(e: torch.Tensor, who: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     """Supervised InfoNCE of unit embeddings [n, d] with identities [n]."""
     near = e @ e.T / temperature
@@ -273,6 +300,7 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 8, rate: float = 2
     """Learns in ``work``; stops and continues anywhere, with the same result. ``batch`` counts families."""
     work.mkdir(parents=True, exist_ok=True)
     pictures, masks, truth = cached(work, seed)
+    rebuilt = torch.from_numpy(np.load(work / f"judge-{seed}-rebuilt.npy"))
     torch.manual_seed(seed)
     judge = Judge().train()
     optimiser = torch.optim.AdamW(judge.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.02)
@@ -289,18 +317,26 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 8, rate: float = 2
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
         pick = (torch.randint(FAMILIES, (batch, 1), generator=g) * each + torch.arange(each)).flatten()
-        x, m = worn(as_input(pictures[pick]), g), as_mask(masks[pick])
+        seen, m = pictures[pick], as_mask(masks[pick])
+        if step % 4:
+            seen[1::VIEWS] = rebuilt[pick[1::VIEWS] // VIEWS]
+        x = worn(as_input(seen), g)
         other = as_input(pictures[torch.randint(len(pictures), (2 * styles,), generator=g)])
         other = worn(tinted(other, g), g)
         with torch.autocast("cpu", torch.bfloat16):
             cut, features = judge.segment(x)
             guess = torch.rand(len(x), 1, 1, generator=g) < min(0.6, step / 500)
             used = torch.where(guess, enlarge(cut.detach().sigmoid()), m)
-            jitter = torch.rand(len(x) + len(other), 3, generator=g) * 2 - 1
-            h, shape = judge.hidden(torch.cat([x, other]), torch.cat([used, whole(other)]), jitter)
+            part = (torch.arange(len(x)) % each < 2 * VIEWS).nonzero()[:, 0]
+            jitter = torch.rand(len(x) + len(other) + len(part), 3, generator=g) * 2 - 1
+            warp = torch.zeros(len(jitter), CROP, CROP, 2)
+            warp[-len(part):] = bent(len(part) // VIEWS, g).repeat_interleave(VIEWS, 0)
+            crops = torch.cat([x, other, x[part]]), torch.cat([used, whole(other), used[part]])
+            h, shape = judge.hidden(*crops, jitter, warp)
             said = judge.answers(features, h[:len(x)], shape[:len(x)], used)
             e = F.normalize(judge.likeness(h).float(), dim=1)
-        who = torch.cat([pick // VIEWS, -1 - torch.arange(styles).clamp(min=1).repeat_interleave(2)])
+        style = -1 - torch.arange(styles).clamp(min=1).repeat_interleave(2)
+        who = torch.cat([pick // VIEWS, style, len(pictures) + pick[part] // VIEWS])
         terms = [F.binary_cross_entropy_with_logits(cut, F.avg_pool2d(m[:, None], 2)[:, 0]) * 4, contrast(e, who),
                  *(F.cross_entropy(said[name], truth[name][pick]) for name in CLASSES)]
         optimiser.zero_grad()
@@ -356,11 +392,14 @@ def plain_scene(novel: world.Novel, scene: world.Scene) -> world.Scene:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["train", "pack", "check"])
+    parser.add_argument("stage", choices=["rebuild", "train", "pack", "check"])
     parser.add_argument("--work", type=Path, default=Path(".cache/toyworld"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--host", type=Path, help="ComfyUI folder, for rebuild")
     a = parser.parse_args()
-    if a.stage == "train":
+    if a.stage == "rebuild":
+        rebuild(a.work, a.host)
+    elif a.stage == "train":
         train(a.work, a.steps)
     elif a.stage == "pack":
         pack(a.work)
