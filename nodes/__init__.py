@@ -2,7 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-MODULES = []
+from ..host import folders
+
+folders.register()  # loaders list its files when the modules below define their schemas
+
+from . import files, learn, prompt, toy  # noqa: E402
+
+MODULES = [toy, learn, prompt, files]
 
 
 class ConceptCarriers(ComfyExtension):

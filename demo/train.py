@@ -1,0 +1,349 @@
+"""Trains the toy world's model and judge from nothing: ``nox -s train``.
+
+Stages, each resumable after an interrupt: ``vae``, ``unet`` (denoiser and text encoder together), ``pack``.
+Working files go to ``--work``; ``pack`` writes the bf16 files that the repository carries.
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from demo import world  # noqa: E402
+
+PICTURES = 16000
+THINGS = 0.25
+
+
+def start_host(path: Path) -> None:
+    """Imports ComfyUI from ``path`` with arguments of its own."""
+    sys.path.insert(0, str(path))
+    kept, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    import comfy.options
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401
+    sys.argv = kept
+
+
+def training_scenes(count: int, seed: int) -> list[world.Scene]:
+    """Named scenes without the held-out combinations, and things."""
+    rng = random.Random(seed)
+    return [world.thing_scene(rng) if rng.random() < THINGS else world.named_scene(rng) for _ in range(count)]
+
+
+def pictures(scenes: list[world.Scene], file: Path) -> torch.Tensor:
+    """Renders once, then reads back: uint8 [n, 128, 128, 3]."""
+    if not file.is_file():
+        np.save(file, np.stack([world.pixels(world.render(s)[0]) for s in scenes]))
+    return torch.from_numpy(np.load(file))
+
+
+def to_input(batch: torch.Tensor) -> torch.Tensor:
+    """uint8 [b, h, w, 3] -> float [b, 3, h, w] in -1..1."""
+    return batch.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # channels-last is 3x slower here
+
+
+def initialise(module: torch.nn.Module) -> None:
+    """torch's default initialisation; the host's layers leave theirs out."""
+    for part in module.modules():
+        for kind in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm):
+            if isinstance(part, kind):
+                kind.reset_parameters(part)
+
+
+class Trainer:
+    """Adam with warm-up and cosine decay, EMA, and a resumable state on disk."""
+
+    def __init__(self, name: str, modules: dict, work: Path, steps: int, rate: float, decay: float = 0.01, ema: float = 0.999):
+        self.name, self.modules, self.file, self.steps, self.rate, self.ema = name, modules, work / f"{name}.pt", steps, rate, ema
+        self.parameters = {f"{m}.{k}": p for m, module in modules.items() for k, p in module.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+        self.average = {k: p.detach().clone() for k, p in self.parameters.items()}
+        self.step = 0
+        if self.file.is_file():
+            state = torch.load(self.file, weights_only=True)
+            self.step, self.average = state["step"], state["average"]
+            self.optimiser.load_state_dict(state["optimiser"])
+            with torch.no_grad():
+                for k, p in self.parameters.items():
+                    p.copy_(state["parameters"][k])
+
+    def run(self, loss_of, report=None, every: int = 250):
+        """Calls ``loss_of(step, generator)`` until done; every draw depends on the step alone."""
+        begun, first, losses = time.time(), self.step, []
+        while self.step < self.steps:
+            step = self.step
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.rate * min(1, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / self.steps)))
+            loss = loss_of(step, torch.Generator().manual_seed(step * 7919 + 17))
+            self.optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            self.optimiser.step()
+            losses.append(loss.item())
+            keep = min(self.ema, (step + 1) / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - keep)
+            self.step += 1
+            if self.step % every == 0 or self.step == self.steps:
+                spent = time.time() - begun
+                print(f"{self.name} {self.step}/{self.steps} loss {np.mean(losses[-every:]):.5f} {spent / (self.step - first):.3f} s/step", flush=True)
+                torch.save({"step": self.step, "average": self.average, "optimiser": self.optimiser.state_dict(),
+                            "parameters": {k: p.detach() for k, p in self.parameters.items()}}, self.file)
+                if report and self.step % (4 * every) == 0:
+                    self.with_average(report)
+
+    def with_average(self, call):
+        """Runs ``call()`` with the averaged weights in place."""
+        own = {k: p.detach().clone() for k, p in self.parameters.items()}
+        with torch.no_grad():
+            for k, p in self.parameters.items():
+                p.copy_(self.average[k])
+        try:
+            with torch.no_grad():
+                return call()
+        finally:
+            with torch.no_grad():
+                for k, p in self.parameters.items():
+                    p.copy_(own[k])
+
+
+def sheet(batch: torch.Tensor, columns: int, file: Path) -> None:
+    """Writes float pictures [n, 3, h, w] in -1..1 as one PNG."""
+    rows = [torch.cat(list(batch[i:i + columns]), 2) for i in range(0, len(batch), columns)]
+    grid = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0)
+    Image.fromarray(grid.numpy()).save(file)
+
+
+def train_vae(work: Path, steps: int) -> dict:
+    """8x autoencoder; returns its averaged weights."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    from host.toybox import VAE
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**VAE["params"])
+    initialise(vae)
+    for part in vae.modules():  # residual branches start at zero
+        if type(part).__name__ == "ResnetBlock":
+            torch.nn.init.zeros_(part.conv2.weight)
+    data = pictures(training_scenes(PICTURES, 0), work / "pictures.npy")
+    trainer = Trainer("vae", {"vae": vae}, work, steps, 2e-3)
+
+    def loss_of(step, g):
+        x = to_input(data[torch.randint(len(data), (8,), generator=g)])
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, logvar = vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
+            logvar = logvar.clamp(-12, 4)
+            z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=g)
+            y = vae.decoder(vae.post_quant_conv(z))
+        error = y.float() - x
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return (error.square() + 0.05 * error.abs()).mean() + 1e-4 * divergence
+
+    def report():
+        x = to_input(data[:8])
+        y = vae.decode(vae.quant_conv(vae.encoder(x)).chunk(2, 1)[0])
+        print("  PSNR", f"{10 * math.log10(4 / (y - x).square().mean()):.2f} dB", flush=True)
+        sheet(torch.cat([x, y]), 8, work / "vae.png")
+
+    trainer.run(loss_of, report)
+    return {k.removeprefix("vae."): v for k, v in trainer.average.items()}
+
+
+def normalised(state: dict, data: torch.Tensor) -> dict:
+    """Rewrites the VAE's last and first layers so that every latent channel has mean 0 and deviation 1."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    from host.toybox import VAE
+    vae = AutoencoderKL(**VAE["params"])
+    vae.load_state_dict(state)
+    with torch.no_grad():
+        means = vae.quant_conv(vae.encoder(to_input(data[:256]))).chunk(2, 1)[0]
+        mu, sd = means.mean((0, 2, 3)), means.std((0, 2, 3))
+        n = len(mu)
+        weight, bias = state["quant_conv.weight"].clone(), state["quant_conv.bias"].clone()
+        weight[:n] /= sd[:, None, None, None]
+        bias[:n] = (bias[:n] - mu) / sd
+        back = state["post_quant_conv.weight"]
+        return {**state, "quant_conv.weight": weight, "quant_conv.bias": bias,
+                "post_quant_conv.weight": back * sd[None, :, None, None],
+                "post_quant_conv.bias": state["post_quant_conv.bias"] + (back[:, :, 0, 0] @ mu)}
+
+
+def load_vae(work: Path, data: torch.Tensor):
+    """The trained VAE with normalised latents."""
+    from host.toybox import VAE
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    state = torch.load(work / "vae.pt", weights_only=True)["average"]
+    vae = AutoencoderKL(**VAE["params"])
+    vae.load_state_dict(normalised({k.removeprefix("vae."): v for k, v in state.items()}, data))
+    return vae.requires_grad_(False)
+
+
+def encode(vae, batch: torch.Tensor) -> torch.Tensor:
+    """Posterior means of uint8 pictures, fp32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return vae.quant_conv(vae.encoder(to_input(batch))).float().chunk(2, 1)[0]
+
+
+def caption_ids(scenes: list[world.Scene], tokenizer, work: Path, per_scene: int = 4) -> torch.Tensor:
+    """Host token ids [scenes, per_scene, 77] of seeded captions."""
+    file = work / "captions.pt"
+    if not file.is_file():
+        rng = random.Random(1)
+        rows = [[[t for t, _ in tokenizer.tokenize_with_weights(world.caption(s, rng, full=i == 0))["l"][0]]
+                 for i in range(per_scene)] for s in scenes]
+        torch.save(torch.tensor(rows, dtype=torch.int32), file)
+    return torch.load(file, weights_only=True)
+
+
+def latents(vae, data: torch.Tensor, work: Path) -> torch.Tensor:
+    """Cached latents of all pictures."""
+    file = work / "latents.pt"
+    if not file.is_file():
+        with torch.no_grad():
+            torch.save(torch.cat([encode(vae, data[i:i + 64]) for i in range(0, len(data), 64)]), file)
+    return torch.load(file, weights_only=True)
+
+
+class Denoiser(torch.nn.Module):
+    """Host UNet and host text encoder; the token table holds only the rows that captions use."""
+
+    def __init__(self, clip, model, used: torch.Tensor):
+        super().__init__()
+        from host.toybox import initial_table
+        self.unet, self.sampling = model.model.diffusion_model, model.model.model_sampling
+        self.text = clip.cond_stage_model.clip_l.transformer
+        for p in [*self.unet.parameters(), *self.text.parameters()]:
+            p.requires_grad_(True)
+        self.text.get_input_embeddings().weight.requires_grad_(False)
+        self.table = torch.nn.Parameter(initial_table()[used])
+        self.register_buffer("place", torch.full((49408,), -1))
+        self.place[used] = torch.arange(len(used))
+
+    def context(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [b, 77] -> encoder output [b, 77, width], as the host's SD1 path computes it."""
+        return self.text(None, None, embeds=self.table[self.place[ids.long()]], num_tokens=[77] * len(ids),
+                         intermediate_output=None, final_layer_norm_intermediate=True, dtype=torch.float32)[0]
+
+    def noise(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Predicted noise for variance-exploding x at discrete timesteps t."""
+        sigma = self.sampling.sigma(t.float()).view(-1, 1, 1, 1)
+        return self.unet(x / (sigma**2 + 1) ** 0.5, t.float(), context=context, transformer_options={})
+
+
+def train_unet(work: Path, steps: int, batch: int = 32) -> None:
+    """Denoiser and text encoder together: noise prediction, 10% empty captions, min-SNR-5 weights (arXiv 2303.09556)."""
+    from host import toybox
+    from host.gradients import safe_residuals
+    scenes = training_scenes(PICTURES, 0)
+    data = pictures(scenes, work / "pictures.npy")
+    vae = load_vae(work, data)
+    z = latents(vae, data, work)
+    torch.manual_seed(1)
+    model, clip = toybox.build_model(), toybox.build_clip()
+    initialise(model.model.diffusion_model)
+    initialise(clip.cond_stage_model)
+    torch.nn.init.normal_(clip.cond_stage_model.clip_l.transformer.text_model.embeddings.position_embedding.weight, std=0.02)
+    for module in model.model.diffusion_model.modules():  # the usual zero start of residual branches
+        if type(module).__name__ == "ResBlock":
+            torch.nn.init.zeros_(module.out_layers[-1].weight)
+    torch.nn.init.zeros_(model.model.diffusion_model.out[-1].weight)
+    ids = caption_ids(scenes, clip.tokenizer, work)
+    empty = torch.tensor([t for t, _ in clip.tokenizer.tokenize_with_weights("")["l"][0]])
+    used = torch.cat([ids.flatten().unique().long(), empty]).unique()
+    net = Denoiser(clip, model, used)
+    print("parameters", sum(p.numel() for p in net.unet.parameters()), "words", len(used), flush=True)
+    trainer = Trainer("unet", {"net": net}, work, steps, 1e-3, decay=0.01, ema=0.9995)
+    snr = 1 / net.sampling.sigmas**2
+
+    def loss_of(step, g):
+        pick = torch.randint(len(z), (batch,), generator=g)
+        words = ids[pick, torch.randint(ids.shape[1], (batch,), generator=g)].long()
+        words[torch.rand(batch, generator=g) < 0.1] = empty
+        t = torch.randint(1000, (batch,), generator=g)
+        noise = torch.randn(z[pick].shape, generator=g)
+        x = z[pick] + net.sampling.sigmas[t].view(-1, 1, 1, 1) * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = net.noise(x, t, net.context(words))
+        error = (predicted.float() - noise).square().mean((1, 2, 3))
+        return (error * (snr[t].clamp(max=5) / snr[t])).mean()
+
+    rng = random.Random(5)
+    shown = [world.named_scene(rng, hold=True) for _ in range(24)]
+    prompt_ids = torch.tensor([[t for t, _ in clip.tokenizer.tokenize_with_weights(world.caption(s, rng, full=True))["l"][0]] for s in shown])
+
+    def report():
+        context = torch.cat([net.context(empty[None]).expand(len(shown), -1, -1), net.context(prompt_ids)])
+        x = torch.randn(len(shown), *z.shape[1:], generator=torch.Generator().manual_seed(3))
+        ladder = torch.linspace(999, 0, 21).long()
+        sigmas = torch.cat([net.sampling.sigmas[ladder[:-1]], torch.zeros(1)])
+        x = x * sigmas[0]
+        for i in range(20):
+            none, some = net.noise(torch.cat([x, x]), ladder[i].expand(2 * len(shown)), context).chunk(2)
+            x = x + (sigmas[i + 1] - sigmas[i]) * (none + 3.0 * (some - none))
+        sheet(vae.decode(x), 8, work / f"unet-{trainer.step:05d}.png")
+
+    with safe_residuals(net.text):
+        trainer.run(loss_of, report, every=250)
+
+
+def pack(work: Path, file: Path) -> None:
+    """Writes the trained parts as one bf16 checkpoint."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from host import toybox
+    scenes = training_scenes(PICTURES, 0)
+    data = pictures(scenes, work / "pictures.npy")
+    vae = load_vae(work, data)
+    z = latents(vae, data, work)
+    average = {k.removeprefix("net."): v for k, v in torch.load(work / "unet.pt", weights_only=True)["average"].items()}
+    clip = toybox.build_clip()
+    empty = [t for t, _ in clip.tokenizer.tokenize_with_weights("")["l"][0]]
+    used = torch.cat([caption_ids(scenes, clip.tokenizer, work).flatten().unique().long(), torch.tensor(empty)]).unique()
+    small = F.interpolate(to_input(data[:200]), scale_factor=1 / 8, mode="area").permute(0, 2, 3, 1).reshape(-1, 3)
+    design = torch.cat([z[:200].permute(0, 2, 3, 1).reshape(-1, z.shape[1]), torch.ones(len(small), 1)], 1)
+    rgb = torch.linalg.lstsq(design, small).solution
+    state = {"model.diffusion_model." + k.removeprefix("unet."): v for k, v in average.items() if k.startswith("unet.")}
+    state |= {"cond_stage_model.transformer." + k.removeprefix("text."): v for k, v in average.items() if k.startswith("text.")}
+    state |= {"first_stage_model." + k: v for k, v in vae.state_dict().items()}
+    state = {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}
+    state["cond_stage_model." + toybox.TABLE] = average["table"].to(torch.bfloat16)
+    state["cond_stage_model.token_ids"] = used.int()
+    facts = {"scale_factor": 1.0, "rgb": rgb[:-1].tolist(), "rgb_bias": rgb[-1].tolist()}
+    save_file(state, file, metadata={"toybox": json.dumps(facts), "modelspec.title": "Concept Carriers toy world"})
+    print(file.name, f"{file.stat().st_size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=["vae", "unet", "pack", "all"])
+    parser.add_argument("--host", type=Path, required=True, help="ComfyUI folder")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--vae-steps", type=int, default=1750)
+    parser.add_argument("--unet-steps", type=int, default=12000)
+    a = parser.parse_args()
+    start_host(a.host.resolve())
+    a.work.mkdir(parents=True, exist_ok=True)
+    if a.stage in ("vae", "all"):
+        train_vae(a.work, a.vae_steps)
+    if a.stage in ("unet", "all"):
+        train_unet(a.work, a.unet_steps)
+    if a.stage in ("pack", "all"):
+        pack(a.work, ROOT / "demo" / "toybox-unet.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""The toy world: 128 x 128 scenes drawn from named factors, with captions, masks and a ground truth for everything.
+
+A scene is one object on one background. An object is a silhouette with a texture and, sometimes, a badge or a second
+colour. Named scenes use only the factors below; *things* are objects with a random outline that captions describe by
+adjectives only, so that a model trained here can draw more than it has words for. Novel concepts never occur in
+training: neither their outline, nor their badge, nor their pattern, nor their style.
+"""
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+
+SIZE = 128
+OVERSAMPLE = 2
+COLOURS = {
+    "red": (214, 40, 44), "green": (34, 160, 84), "blue": (36, 86, 230), "yellow": (246, 206, 30),
+    "purple": (138, 56, 176), "white": (244, 244, 244), "black": (38, 38, 42), "orange": (238, 126, 24),
+}
+SHAPES = ["mug", "hat", "star", "fish", "house", "tree", "key", "heart", "boat", "bottle", "moon", "bell"]
+PATTERNS = ["plain", "striped", "dotted", "checkered", "banded"]
+BACKGROUNDS = ["grass", "brick", "sky", "sand", "wood", "snow", "water", "night"]
+POSITIONS = ["left", "center", "right"]
+SIZES = ["small", "big"]
+FACTORS = {"shape": SHAPES, "colour": list(COLOURS), "pattern": PATTERNS, "background": BACKGROUNDS,
+           "position": POSITIONS, "size": SIZES}
+NUMBERS = ["three", "four", "five", "six", "seven", "eight"]
+HELD_OUT = 0.15
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that decides a picture except the background's own noise, which comes from ``seed``."""
+
+    shape: str = "mug"
+    colour: str = "red"
+    pattern: str = "plain"
+    background: str = "grass"
+    position: str = "center"
+    size: str = "big"
+    seed: int = 0
+    outline: tuple = ()
+    """(lobes, spikiness, aspect, phase) of a thing's outline; empty for named shapes."""
+    badge: str = ""
+    """Silhouette drawn in the middle of the object."""
+    second: str = ""
+    """Colour of the object's lower half."""
+    style: str = ""
+    words: tuple = field(default=(), compare=False)
+    """Adjectives that a thing's caption uses."""
+
+    def labels(self) -> dict[str, int]:
+        """Factor name -> index in FACTORS; -1 where the factor has no name."""
+        named = {name: getattr(self, name) for name in FACTORS}
+        return {name: FACTORS[name].index(v) if v in FACTORS[name] else -1 for name, v in named.items()}
+
+
+def held_out(shape: str, colour: str, pattern: str) -> bool:
+    """Whether this combination is kept out of training (a fixed 15% of them)."""
+    digest = hashlib.blake2b(f"{shape}/{colour}/{pattern}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") / 2**32 < HELD_OUT
+
+
+def named_scene(rng: random.Random, hold: bool | None = False) -> Scene:
+    """A random named scene; ``hold`` True: a held-out combination, False: a training one, None: either."""
+    while True:
+        pick = {name: rng.choice(values) for name, values in FACTORS.items()}
+        if hold is None or held_out(pick["shape"], pick["colour"], pick["pattern"]) == hold:
+            return Scene(**pick, seed=rng.randrange(2**31))
+
+
+def thing_scene(rng: random.Random) -> Scene:
+    """A scene around a thing: a random outline, sometimes with a badge or a second colour."""
+    lobes, spiky, aspect = rng.randrange(3, 9), rng.uniform(0.05, 0.6), rng.choice([0.6, 1.0, 1.6]) * rng.uniform(0.9, 1.1)
+    badge = rng.choice(["dot", "bar", "square", "ring"]) if rng.random() < 0.3 else ""
+    second = rng.choice(list(COLOURS)) if rng.random() < 0.3 else ""
+    scene = replace(named_scene(rng), shape="thing", outline=(lobes, spiky, aspect, rng.uniform(0, 6.3)), badge=badge)
+    words = ["tall" if aspect < 0.8 else "wide" if aspect > 1.25 else "even",
+             "spiky" if spiky > 0.35 else "wavy" if spiky > 0.18 else "smooth", NUMBERS[lobes - 3] + " pointed"]
+    extra = ([f"{badge} badge"] if badge else []) + ([f"{second} bottom"] if second and second != scene.colour else [])
+    return replace(scene, second=second, words=(*words, *extra))
+
+
+def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
+    """A sentence about the scene; factors may be left out unless ``full``, and the word order varies."""
+    keep = (lambda p: True) if full else (lambda p: rng.random() < p)
+    looks = [scene.colour] if keep(0.9) else []
+    if scene.pattern != "plain" or keep(0.3):
+        looks = looks + [scene.pattern] if keep(0.9) else looks
+    size = [scene.size] if keep(0.7) else []
+    extra = [w for w in scene.words if keep(0.8)]
+    adjectives, tail = [w for w in extra if " b" not in w], [w for w in extra if " b" in w]
+    if rng.random() < 0.3:
+        looks = looks[::-1]
+    noun = " ".join([*size, *adjectives, *looks, scene.shape])
+    if tail:
+        noun += " with a " + " and a ".join(tail)
+    article = "an" if noun[0] in "aeiou" else "a"
+    where = {"left": "on the left", "center": "in the center", "right": "on the right"}[scene.position]
+    place = [scene.background] if keep(0.9) else []
+    spot = [where] if keep(0.8) else []
+    form = rng.randrange(4)
+    if form == 0:
+        return ", ".join([f"a photo of {article} {noun}", *spot, *(f"{p} background" for p in place)])
+    if form == 1:
+        return " ".join([f"{article} {noun}", *spot, *(f"on {p}" for p in place)])
+    if form == 2 and place:
+        return " ".join([f"{place[0]} scene with {article} {noun}", *spot])
+    return ", ".join([*(f"{p} background" for p in place), f"{article} {noun}", *spot])
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+def _background(name: str, rng: random.Random) -> Image.Image:
+    s = SIZE
+    image = Image.new("RGB", (s, s))
+    d = ImageDraw.Draw(image)
+    shade = rng.uniform(0.92, 1.08)
+
+    def tone(*rgb):
+        return tuple(max(0, min(255, int(v * shade))) for v in rgb)
+
+    if name == "grass":
+        d.rectangle([0, 0, s, s], fill=tone(104, 176, 84))
+        for _ in range(70):
+            x, y = rng.random() * s, rng.random() * s
+            d.line([x, y, x + rng.uniform(-3, 3), y - 8], fill=tone(58, 128, 54), width=2)
+    elif name == "brick":
+        d.rectangle([0, 0, s, s], fill=tone(164, 88, 66))
+        top = rng.randrange(16)
+        for row, y in enumerate(range(-top, s + 16, 16)):
+            d.line([0, y, s, y], fill=tone(212, 202, 192), width=2)
+            for x in range(-(row % 2) * 16, s, 32):
+                d.line([x, y, x, y + 16], fill=tone(212, 202, 192), width=2)
+    elif name == "sky":
+        for y in range(s):
+            d.line([0, y, s, y], fill=tone(120 + y // 2, 184 + y // 4, 244))
+        for _ in range(3):
+            x, y = rng.random() * s, rng.random() * s
+            for k in range(4):
+                d.ellipse([x + k * 9 - 12, y - 8, x + k * 9 + 12, y + 8], fill=(252, 252, 252))
+    elif name == "sand":
+        d.rectangle([0, 0, s, s], fill=tone(232, 206, 152))
+        shift = rng.random() * 14
+        for y in range(-14, s, 14):
+            d.line([(x, y + shift + 4 * math.sin(x / 9 + y)) for x in range(0, s + 4, 4)], fill=tone(204, 172, 112), width=2)
+    elif name == "wood":
+        d.rectangle([0, 0, s, s], fill=tone(152, 106, 64))
+        for x in range(-rng.randrange(22), s, 22):
+            d.line([x, 0, x, s], fill=tone(96, 62, 36), width=3)
+    elif name == "snow":
+        d.rectangle([0, 0, s, s], fill=tone(214, 226, 238))
+        for _ in range(40):
+            x, y = rng.random() * s, rng.random() * s
+            d.ellipse([x - 2.5, y - 2.5, x + 2.5, y + 2.5], fill=(255, 255, 255))
+    elif name == "water":
+        d.rectangle([0, 0, s, s], fill=tone(44, 142, 172))
+        for _ in range(22):
+            x, y = rng.random() * s, rng.random() * s
+            d.arc([x - 9, y - 5, x + 9, y + 5], 180, 360, fill=tone(150, 220, 226), width=2)
+    elif name == "night":
+        d.rectangle([0, 0, s, s], fill=tone(24, 22, 66))
+        for _ in range(26):
+            x, y = rng.random() * s, rng.random() * s
+            d.ellipse([x - 1.6, y - 1.6, x + 1.6, y + 1.6], fill=(250, 240, 190))
+    else:
+        raise ValueError(f"unknown background {name!r}; known: {', '.join(BACKGROUNDS)}")
+    return image
+
+
+def _silhouette(shape: str, cx: float, cy: float, s: float, outline: tuple = ()) -> Image.Image:
+    """Mask [SIZE x OVERSAMPLE] of a shape with half-height ``s``; all lengths in oversampled pixels."""
+    mask = Image.new("L", (SIZE * OVERSAMPLE,) * 2)
+    d = ImageDraw.Draw(mask)
+
+    def box(x0, y0, x1, y1):
+        return [cx + x0 * s, cy + y0 * s, cx + x1 * s, cy + y1 * s]
+
+    def poly(*points, fill=255):
+        d.polygon([(cx + x * s, cy + y * s) for x, y in points], fill=fill)
+
+    def star(points, inner, phase=0.0):
+        return [(math.sin(k * math.pi / points + phase) * (1 if k % 2 == 0 else inner),
+                 -math.cos(k * math.pi / points + phase) * (1 if k % 2 == 0 else inner)) for k in range(2 * points)]
+
+    if shape == "thing":
+        lobes, spiky, aspect, phase = outline
+        radius = [(1 - spiky * (0.5 - 0.5 * math.cos(lobes * a)), a) for a in (k * math.tau / 180 for k in range(180))]
+        wide, tall = min(1.0, aspect), min(1.0, 1 / aspect)
+        poly(*[(wide * r * math.sin(a + phase), tall * r * math.cos(a + phase)) for r, a in radius])
+    elif shape == "mug":
+        d.rectangle(box(-0.75, -0.8, 0.4, 0.8), fill=255)
+        d.ellipse(box(0.05, -0.45, 0.95, 0.45), outline=255, width=max(2, int(0.2 * s)))
+    elif shape == "hat":
+        d.rectangle(box(-0.5, -0.8, 0.5, 0.45), fill=255)
+        d.ellipse(box(-1, 0.2, 1, 0.7), fill=255)
+    elif shape == "star":
+        poly(*star(5, 0.42))
+    elif shape == "fish":
+        d.ellipse(box(-1, -0.55, 0.5, 0.55), fill=255)
+        poly((0.2, 0), (1, -0.65), (1, 0.65))
+    elif shape == "house":
+        d.rectangle(box(-0.7, -0.15, 0.7, 0.9), fill=255)
+        poly((-1, -0.1), (0, -1), (1, -0.1))
+    elif shape == "tree":
+        d.rectangle(box(-0.16, 0.3, 0.16, 1), fill=255)
+        d.ellipse(box(-0.75, -1, 0.75, 0.5), fill=255)
+    elif shape == "key":
+        d.ellipse(box(-1, -0.5, 0, 0.5), outline=255, width=max(3, int(0.24 * s)))
+        d.rectangle(box(-0.1, -0.13, 1, 0.13), fill=255)
+        d.rectangle(box(0.55, 0, 0.8, 0.5), fill=255)
+    elif shape == "heart":
+        d.ellipse(box(-1, -0.8, 0.04, 0.24), fill=255)
+        d.ellipse(box(-0.04, -0.8, 1, 0.24), fill=255)
+        poly((-0.93, -0.08), (0.93, -0.08), (0, 1))
+    elif shape == "boat":
+        poly((-1, 0.3), (1, 0.3), (0.6, 0.85), (-0.6, 0.85))
+        poly((-0.05, -1), (-0.05, 0.15), (-0.75, 0.15))
+        poly((0.08, -0.7), (0.08, 0.15), (0.7, 0.15))
+    elif shape == "bottle":
+        d.rounded_rectangle(box(-0.45, -0.25, 0.45, 1), radius=0.2 * s, fill=255)
+        d.rectangle(box(-0.17, -1, 0.17, 0), fill=255)
+    elif shape == "moon":
+        d.ellipse(box(-0.95, -0.95, 0.95, 0.95), fill=255)
+        d.ellipse(box(-0.35, -0.95, 1.3, 0.7), fill=0)
+    elif shape == "bell":
+        d.pieslice(box(-0.65, -0.9, 0.65, 0.5), 180, 360, fill=255)
+        poly((-0.65, -0.25), (0.65, -0.25), (0.95, 0.65), (-0.95, 0.65))
+        d.ellipse(box(-0.22, 0.55, 0.22, 0.99), fill=255)
+    elif shape == "crown":
+        poly((-0.9, 0.7), (-1, -0.6), (-0.45, 0.05), (0, -0.85), (0.45, 0.05), (1, -0.6), (0.9, 0.7))
+    elif shape == "umbrella":
+        d.pieslice(box(-1, -0.9, 1, 0.9), 180, 360, fill=255)
+        d.rectangle(box(-0.08, 0, 0.08, 0.85), fill=255)
+        d.arc(box(-0.5, 0.6, 0.08, 1), 0, 180, fill=255, width=max(2, int(0.15 * s)))
+    elif shape == "rocket":
+        poly((0, -1), (0.4, -0.4), (0.4, 0.5), (0.8, 1), (-0.8, 1), (-0.4, 0.5), (-0.4, -0.4))
+    elif shape == "duck":
+        d.ellipse(box(-0.9, -0.1, 0.7, 0.85), fill=255)
+        d.ellipse(box(0.1, -0.85, 0.8, -0.05), fill=255)
+        poly((0.7, -0.6), (1, -0.4), (0.7, -0.3))
+        poly((-0.9, -0.25), (-0.4, 0.4), (-0.85, 0.5))
+    elif shape == "dot":
+        d.ellipse(box(-1, -1, 1, 1), fill=255)
+    elif shape == "ring":
+        d.ellipse(box(-1, -1, 1, 1), outline=255, width=max(2, int(0.45 * s)))
+    elif shape == "square":
+        d.rectangle(box(-0.9, -0.9, 0.9, 0.9), fill=255)
+    elif shape == "bar":
+        d.rectangle(box(-1, -0.4, 1, 0.4), fill=255)
+    elif shape == "cross":
+        d.rectangle(box(-1, -0.35, 1, 0.35), fill=255)
+        d.rectangle(box(-0.35, -1, 0.35, 1), fill=255)
+    elif shape == "bolt":
+        poly((0.2, -1), (-0.7, 0.2), (0, 0.2), (-0.2, 1), (0.7, -0.25), (0.05, -0.25))
+    elif shape == "clover":
+        for x, y in ((0, -0.5), (-0.5, 0.3), (0.5, 0.3)):
+            d.ellipse(box(x - 0.5, y - 0.5, x + 0.5, y + 0.5), fill=255)
+    else:
+        raise ValueError(f"unknown shape {shape!r}")
+    return mask
+
+
+def _texture(colour: str, pattern: str, second: str, cx: float, cy: float) -> Image.Image:
+    """Object surface [SIZE x OVERSAMPLE], anchored to the object so that it moves with it."""
+    big = SIZE * OVERSAMPLE
+    base = COLOURS[colour]
+    ink = tuple(int(v * 0.42) for v in base) if sum(base) > 240 else (206, 206, 206)
+    image = Image.new("RGB", (big, big), base)
+    d = ImageDraw.Draw(image)
+    if second:
+        d.rectangle([0, cy, big, big], fill=COLOURS[second])
+    left, top = int(cx) % 48 - 48, int(cy) % 48 - 48
+    if pattern == "striped":
+        for x in range(left - big, big * 2, 32):
+            d.line([x, 0, x + big // 2, big], fill=ink, width=13)
+    elif pattern == "banded":
+        for y in range(top, big, 30):
+            d.rectangle([0, y, big, y + 12], fill=ink)
+    elif pattern == "dotted":
+        for row, y in enumerate(range(top, big, 26)):
+            for x in range(left + (row % 2) * 15, big, 30):
+                d.ellipse([x - 8, y - 8, x + 8, y + 8], fill=ink)
+    elif pattern == "checkered":
+        for row, y in enumerate(range(top, big, 24)):
+            for x in range(left + (row % 2) * 24, big, 48):
+                d.rectangle([x, y, x + 23, y + 23], fill=ink)
+    elif pattern == "zigzag":
+        for y in range(top - 48, big + 48, 34):
+            d.line([(x, y + (18 if (x // 18) % 2 else 0)) for x in range(left, big + 18, 18)], fill=ink, width=11)
+    elif pattern == "rings":
+        for r in range(14, 120, 26):
+            d.ellipse([cx - r, cy - r, cx + r, cy + r], outline=ink, width=10)
+    elif pattern == "quartered":
+        d.rectangle([cx, 0, big, cy], fill=ink)
+        d.rectangle([0, cy, cx, big], fill=ink)
+    elif pattern != "plain":
+        raise ValueError(f"unknown pattern {pattern!r}")
+    return image
+
+
+def render(scene: Scene) -> tuple[Image.Image, Image.Image]:
+    """Draws a scene.
+
+    Returns: picture (RGB, 128 x 128) and object mask (L, 128 x 128, 255 inside). Equal scenes give equal pixels.
+    """
+    rng = random.Random(scene.seed)
+    half = {"small": 21, "big": 33}[scene.size] * rng.uniform(0.93, 1.07)
+    cx = {"left": 37, "center": 64, "right": 91}[scene.position] + rng.uniform(-4, 4)
+    cy = 64 + rng.uniform(-16, 16)
+    ground = _background(scene.background, rng)
+    x, y, s = cx * OVERSAMPLE, cy * OVERSAMPLE, half * OVERSAMPLE
+    mask = _silhouette(scene.shape, x, y, s, scene.outline)
+    surface = _texture(scene.colour, scene.pattern, scene.second, x, y)
+    if scene.badge:
+        badge = _silhouette(scene.badge, x - (0.17 * s if scene.shape == "mug" else 0), y + 0.15 * s, 0.36 * s)
+        surface.paste((250, 250, 250) if sum(COLOURS[scene.colour]) < 600 else (30, 30, 30), (0, 0), badge)
+    edge = ImageChops.difference(mask.filter(ImageFilter.MaxFilter(5)), mask)
+    surface.paste((34, 30, 34) if scene.colour != "black" else (196, 196, 196), (0, 0), edge)
+    whole = ImageChops.lighter(mask, edge).resize((SIZE, SIZE), Image.BOX)
+    ground.paste(surface.resize((SIZE, SIZE), Image.BOX), (0, 0), whole)
+    if scene.style == "poster":
+        grey = ImageOps.posterize(ImageOps.grayscale(ground), 2)
+        ground = ImageOps.colorize(grey, (60, 0, 90), (255, 230, 120), mid=(230, 80, 120))
+    return ground, whole
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """Picture -> uint8 array [H, W] or [H, W, 3]."""
+    return np.asarray(image)
+
+
+# --- novel concepts --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Novel:
+    """A concept that no caption of the model ever named."""
+
+    name: str
+    word: str
+    """The closest word the model knows; the honest plain-word prompt."""
+    scene: Scene
+    plain: str
+    """Best description in known words."""
+
+
+def _novel(name, word, plain, **scene) -> Novel:
+    return Novel(name, word, Scene(**scene), plain)
+
+
+NOVEL = {n.name: n for n in [
+    _novel("crown", "hat", "yellow plain hat", shape="crown", colour="yellow"),
+    _novel("umbrella", "bell", "purple plain bell", shape="umbrella", colour="purple"),
+    _novel("rocket", "bottle", "red plain bottle", shape="rocket", colour="red"),
+    _novel("duck", "fish", "orange plain fish", shape="duck", colour="orange"),
+    _novel("cross-mug", "mug", "red plain mug", shape="mug", colour="red", badge="cross"),
+    _novel("bolt-house", "house", "blue plain house", shape="house", colour="blue", badge="bolt"),
+    _novel("clover-bottle", "bottle", "green plain bottle", shape="bottle", colour="green", badge="clover"),
+    _novel("zigzag-mug", "mug", "orange striped mug", shape="mug", colour="orange", pattern="zigzag"),
+    _novel("ring-heart", "heart", "red banded heart", shape="heart", colour="red", pattern="rings"),
+    _novel("quartered-bell", "bell", "yellow checkered bell", shape="bell", colour="yellow", pattern="quartered"),
+    _novel("red-blue-hat", "hat", "red plain hat", shape="hat", colour="red", second="blue"),
+    _novel("white-green-star", "star", "white plain star", shape="star", colour="white", second="green"),
+    _novel("purple-orange-fish", "fish", "purple plain fish", shape="fish", colour="purple", second="orange"),
+    _novel("poster-style", "photo", "photo", shape="", colour="", style="poster"),
+]}
+
+
+def references(name: str, count: int = 5, seed: int = 0) -> list[Scene]:
+    """Reference scenes of a novel concept with differing backgrounds and positions.
+
+    Other seeds give disjoint pictures, so seed 0 can be learned from and seed 1 judged against.
+    Raises: KeyError naming the known concepts.
+    """
+    if name not in NOVEL:
+        raise KeyError(f"unknown novel concept {name!r}; known: {', '.join(NOVEL)}")
+    novel, rng = NOVEL[name], random.Random(f"{name}/{seed}")
+    grounds = rng.sample(BACKGROUNDS, len(BACKGROUNDS))
+    scenes = []
+    for i in range(count):
+        place = {"background": grounds[i % len(grounds)], "position": POSITIONS[(i + rng.randrange(2)) % 3],
+                 "size": SIZES[i % 2], "seed": rng.randrange(2**31)}
+        if novel.scene.style:
+            scenes.append(replace(named_scene(rng), **place, style=novel.scene.style))
+        else:
+            scenes.append(replace(novel.scene, **place))
+    return scenes
+
+
+def reference_caption(scene: Scene, word: str) -> str:
+    """What a user would write under a reference picture, with ``word`` for the concept."""
+    where = {"left": "on the left", "center": "in the center", "right": "on the right"}[scene.position]
+    if scene.style:
+        return f"a photo of a {scene.colour} {scene.pattern} {scene.shape}, {where}, {scene.background} background, {word}"
+    return f"a photo of a {scene.size} {word}, {where}, {scene.background} background"

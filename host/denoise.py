@@ -1,0 +1,73 @@
+"""Running the host's denoiser with gradients, one conditioning per sample, for every model family."""
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+
+
+def space_of(sampling) -> tuple[str, float]:
+    """Prediction space of a model's ``model_sampling`` and its sigma_data (comfy/model_sampling.py).
+
+    Raises: NotImplementedError naming the class.
+    """
+    known = [("flow", "CONST"), ("x0", "X0"), ("edm", "EDM"), ("v", "V_PREDICTION"), ("eps", "EPS")]  # v subclasses eps
+    for space, name in known:
+        kind = getattr(comfy.model_sampling, name, None)
+        if kind is not None and isinstance(sampling, kind):
+            return space, float(getattr(sampling, "sigma_data", 1.0))
+    raise NotImplementedError(f"Models that sample with {type(sampling).__mro__[1].__name__} cannot be learned on yet.")
+
+
+def sigmas_at(sampling, times: torch.Tensor) -> torch.Tensor:
+    """Noise levels [b], fp32, at training times in [0, 1] (1 = pure noise).
+
+    Models with a table of discrete steps use exactly those steps; flow models apply their own shift.
+    """
+    if space_of(sampling)[0] != "flow" and hasattr(sampling, "sigmas"):
+        table = sampling.sigmas.detach().float().cpu()
+        return table[(times * len(table)).long().clamp(0, len(table) - 1)]
+    percent = 1 - times.clamp(1e-3, 1 - 1e-3)
+    return torch.tensor([float(sampling.percent_to_sigma(float(p))) for p in percent], dtype=torch.float32)
+
+
+class Denoiser:
+    """A loaded MODEL as a differentiable function of noised latents and conditionings."""
+
+    def __init__(self, patcher):
+        self.patcher, self.model = patcher, patcher.model
+        self.sampling = self.model.model_sampling
+        self.space, self.sigma_data = space_of(self.sampling)
+        self.device = patcher.load_device
+        options = comfy.patcher_extension.copy_nested_dicts(patcher.model_options.get("transformer_options", {}))
+        if patcher.wrappers:  # sampling merges them in prepare_model_patcher (sampler_helpers.py)
+            comfy.patcher_extension.merge_nested_dicts(options.setdefault("wrappers", {}), patcher.wrappers, copy_dict1=False)
+        self.options = options
+
+    def clean(self, latents: torch.Tensor) -> torch.Tensor:
+        """VAE latents -> the model's own scale, on its device, fp32."""
+        return self.model.process_latent_in(latents.to(self.device, torch.float32))
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Forward process of this family."""
+        return self.sampling.noise_scaling(sigma.view(-1, *[1] * (clean.ndim - 1)), noise, clean, max_denoise=False)
+
+    def inputs(self, entries: list, like: torch.Tensor) -> dict:
+        """Host conditioning entries, one per row of ``like`` [b, c, h, w] -> model inputs, differentiable.
+
+        The host's own route (samplers.process_conds) adds whatever the family wants: pooled vectors, sizes, guidance.
+        """
+        conds = comfy.sampler_helpers.convert_cond(entries)
+        conds = comfy.samplers.process_conds(self.model, like, {"positive": conds}, self.device,
+                                             latent_image=torch.zeros_like(like), seed=0)["positive"]
+        parts = [{k: v.process_cond(batch_size=1, area=None) for k, v in c["model_conds"].items()} for c in conds]
+        joined = comfy.samplers.cond_cat(parts)
+        return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in joined.items()}
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, entries: list) -> torch.Tensor:
+        """Denoised estimate [b, c, h, w], fp32."""
+        options = comfy.patcher_extension.copy_nested_dicts(self.options)
+        options |= {"sigmas": sigma, "cond_or_uncond": [0], "uuids": [0]}  # what other packs' patches look up
+        return self.model.apply_model(x, sigma, transformer_options=options, **self.inputs(entries, x)).float()

@@ -1,0 +1,138 @@
+"""Exact gradients through the host's models, inside its inference mode, and nothing left behind.
+
+Nodes run under ``torch.inference_mode`` (execution.py), so every weight and latent handed over is an inference tensor;
+CLIP, T5 and Flux add residuals in place on tensors that a norm has saved (clip_model.py, t5.py, flux/layers.py); and
+``transformer_options`` is one dict that the forward rewrites (openaimodel.py), so a recompute would see the last block.
+This module is the one place that deals with all three.
+"""
+
+import contextlib
+
+import comfy.model_management
+import torch
+from torch.utils.checkpoint import checkpoint
+
+NORMS = ("LayerNorm", "T5LayerNorm", "RMSNorm")
+BLOCKS = ("BasicTransformerBlock", "ResBlock", "DoubleStreamBlock", "SingleStreamBlock", "JointBlock")
+
+
+def needs_thaw(tensor: torch.Tensor) -> bool:
+    """Whether autograd refuses this tensor: made in inference mode, or moved outside of it afterwards."""
+    try:
+        tensor._version  # noqa: B018
+        return tensor.is_inference()
+    except RuntimeError:
+        return True
+
+
+def thaw(patcher) -> None:
+    """Replaces inference tensors in a ModelPatcher's module by ordinary ones of equal value, one at a time.
+
+    The Parameter objects change, their values do not; ``.data`` is never touched because that would leave a tensor
+    that not even sampling accepts.
+    """
+    if hasattr(patcher, "unpin_all_weights"):
+        patcher.unpin_all_weights()  # pinned memory is registered by address
+    with torch.inference_mode(False), torch.no_grad():
+        for module in patcher.model.modules():
+            for name, tensor in list(module._parameters.items()):
+                if tensor is not None and needs_thaw(tensor):
+                    module._parameters[name] = torch.nn.Parameter(tensor.clone(), requires_grad=False)
+            for name, tensor in list(module._buffers.items()):
+                if tensor is not None and needs_thaw(tensor):
+                    module._buffers[name] = tensor.clone()
+
+
+def ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that autograd accepts."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
+
+
+@contextlib.contextmanager
+def safe_residuals(*modules: torch.nn.Module):
+    """Gives every norm its own copy of its input, so that a later in-place residual cannot spoil the gradient."""
+    def own_input(module, args):
+        return (args[0].clone(), *args[1:]) if torch.is_grad_enabled() else None
+
+    handles = [part.register_forward_pre_hook(own_input) for module in modules for part in module.modules()
+               if type(part).__name__ in NORMS]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recomputed(forward):
+    """``forward`` under checkpointing: frozen options and inputs of its own, so that a recompute sees what it saw."""
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        options = {k: dict(v) for k, v in kwargs.items() if k == "transformer_options" and isinstance(v, dict)}
+        names = [k for k, v in kwargs.items() if torch.is_tensor(v)]
+
+        def inner(*tensors):
+            tensors = [t.clone() if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors]
+            given = dict(zip(names, tensors[len(args):], strict=True))
+            fresh = {k: dict(v) for k, v in options.items()}
+            return forward(*tensors[:len(args)], **{**kwargs, **fresh, **given})
+
+        return checkpoint(inner, *args, *(kwargs[k] for k in names), use_reentrant=False)
+    return run
+
+
+@contextlib.contextmanager
+def checkpointed(*modules: torch.nn.Module):
+    """Recomputes the blocks of ``modules`` in the backward pass instead of keeping their activations.
+
+    Needs ``safe_residuals`` around it. Gradients equal those without it.
+    """
+    blocks = [part for module in modules for part in module.modules() if type(part).__name__ in BLOCKS]
+    kept = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, kept, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+@contextlib.contextmanager
+def training(*patchers, checkpointing: bool = False, memory: float = 0):
+    """Autograd for the body of a node: ``with training(model, clip.patcher): ...``.
+
+    Loads the patchers, makes their weights usable for autograd, and freezes them. ``memory``: bytes of activations to
+    leave room for. Hooks, flags and the host's ``in_training`` are put back on the way out, also after an interrupt
+    (a BaseException in newer hosts).
+    """
+    management = comfy.model_management
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for patcher in patchers:
+            thaw(patcher)  # before any move: an inference tensor that was moved is lost
+        management.load_models_gpu(list(patchers), memory_required=memory)
+        modules = [patcher.model for patcher in patchers]
+        learned = [p for patcher in patchers for p in _frozen(patcher)]
+        stack.callback(lambda: [p.requires_grad_(True) for p in learned])
+        stack.enter_context(safe_residuals(*modules))
+        if checkpointing:
+            stack.enter_context(checkpointed(*modules))
+        if hasattr(management, "in_training"):
+            stack.callback(setattr, management, "in_training", management.in_training)
+            management.in_training = True  # chooses rope and norm kernels that differentiate
+        yield
+
+
+def _frozen(patcher) -> list[torch.nn.Parameter]:
+    """Freezes a loaded patcher's weights; returns those that were not frozen before."""
+    thaw(patcher)  # loading writes LoRA-patched weights as inference tensors
+    open_ = [p for p in patcher.model.parameters() if p.requires_grad]
+    for parameter in open_:
+        parameter.requires_grad_(False)
+    return open_

@@ -1,0 +1,50 @@
+"""Small pictures that nodes show: batches of PIL images, loss curves, bars; numbers and labels, no plotting library."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+
+def batch(images: list[Image.Image]) -> torch.Tensor:
+    """PIL pictures of one size -> IMAGE [n, h, w, 3] or MASK [n, h, w], 0..1."""
+    return torch.from_numpy(np.stack([np.asarray(i) for i in images]).astype(np.float32) / 255)
+
+
+def loss_curve(losses: list[float], title: str, width: int = 640, height: int = 360) -> torch.Tensor:
+    """Losses and their running mean over 5% of the run -> IMAGE [1, height, width, 3]."""
+    image = Image.new("RGB", (width, height), (250, 250, 250))
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = 56, 28, width - 14, height - 30
+    low, high = min(losses), max(losses)
+    span = (high - low) or 1.0
+    window = max(1, len(losses) // 20)
+    sums = np.convolve(losses, np.ones(window), "full")[:len(losses)]
+    mean = sums / np.minimum(np.arange(1, len(losses) + 1), window)
+
+    def points(values):
+        return [(left + (right - left) * i / max(1, len(values) - 1), bottom - (bottom - top) * (v - low) / span)
+                for i, v in enumerate(values)]
+
+    draw.rectangle([left, top, right, bottom], outline=(200, 200, 200))
+    if len(losses) > 1:
+        draw.line(points(losses), fill=(170, 200, 230), width=1)
+        draw.line(points(list(mean)), fill=(20, 80, 160), width=2)
+    draw.text((left, 8), title, fill=(30, 30, 30))
+    draw.text((6, top), f"{high:.3g}", fill=(90, 90, 90))
+    draw.text((6, bottom - 10), f"{low:.3g}", fill=(90, 90, 90))
+    draw.text((left, bottom + 8), "1", fill=(90, 90, 90))
+    draw.text((right - 34, bottom + 8), str(len(losses)), fill=(90, 90, 90))
+    return batch([image])
+
+
+def bars(rows: list[tuple[str, float]], title: str, width: int = 640) -> torch.Tensor:
+    """Labelled horizontal bars for values in 0..1 -> IMAGE [1, h, width, 3]."""
+    image = Image.new("RGB", (width, 40 + 20 * max(1, len(rows))), (250, 250, 250))
+    draw = ImageDraw.Draw(image)
+    draw.text((12, 10), title, fill=(30, 30, 30))
+    for number, (label, value) in enumerate(rows):
+        y = 34 + 20 * number
+        draw.text((12, y), label.encode("latin-1", "replace").decode("latin-1"), fill=(30, 30, 30))
+        draw.rectangle([220, y + 1, 220 + (width - 300) * max(0.0, min(1.0, value)), y + 13], fill=(70, 130, 190))
+        draw.text((width - 66, y), f"{value:.3f}", fill=(90, 90, 90))
+    return batch([image])

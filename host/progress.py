@@ -1,0 +1,25 @@
+"""What the user sees while a node works: bar, preview, interrupt (comfy/utils.py, latent_preview.py)."""
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import torch
+
+
+class Progress:
+    """A progress bar with live previews; stops the run when the user asks for it."""
+
+    def __init__(self, total: int, patcher=None):
+        self.total, self.bar = total, comfy.utils.ProgressBar(total)
+        self.previewer = patcher and latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
+
+    def show(self, done: int, latent: torch.Tensor | None = None) -> None:
+        """Advances to ``done``, with a picture of a model-space latent [1, c, h, w] where previews are on.
+
+        Raises: the host's InterruptProcessingException.
+        """
+        picture = None
+        if latent is not None and self.previewer is not None:
+            picture = self.previewer.decode_latent_to_preview_image("JPEG", latent.detach())
+        self.bar.update_absolute(done, self.total, picture)
+        comfy.model_management.throw_exception_if_processing_interrupted()

@@ -1,0 +1,51 @@
+"""Sentences for people: what was learned, what is inside a concept."""
+
+import torch
+
+from ..carriers.concept import Concept
+from .learn import Learned
+from .text import encoders
+
+
+def learned_text(done: Learned) -> str:
+    """Summary of a learning run."""
+    info = done.concept.info
+    norms = ", ".join(f"{k} {float(v.norm(dim=-1).mean()):.3f}" for k, v in done.concept.tensors.items())
+    change = 100 * (done.after / done.before - 1) if done.before else 0.0
+    lines = [
+        f"<{done.concept.name}>: {info['steps']} steps in {done.seconds:.1f} s",
+        f"loss on fixed noise: {done.before:.5f} before, {done.after:.5f} after ({change:+.1f}%)",
+        f"mean norm of the vectors: {norms}",
+        f"saved: output/concepts/autosave/{done.saved.name}",
+    ]
+    if done.after >= done.before:
+        lines.append("The loss did not fall: raise the learning rate or the steps, or check pictures and start word.")
+    return "\n".join(lines)
+
+
+def nearest_words(encoder, rows: torch.Tensor, count: int = 5) -> list[list[tuple[str, float]]]:
+    """For each row [n, width] the vocabulary entries with the highest cosine, best first."""
+    table = encoder.vocabulary.detach().float()
+    table = table / table.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    rows = rows.to(table)
+    best = (rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-8) @ table.T).topk(count)
+    words = encoder.tokenizer.inv_vocab
+    return [[(str(words.get(int(i), i)).replace("</w>", ""), float(c)) for c, i in zip(cosine, index, strict=True)]
+            for cosine, index in zip(best.values, best.indices, strict=True)]
+
+
+def inspect_text(concept: Concept, clip=None, count: int = 5) -> tuple[str, list[tuple[str, float]]]:
+    """What a concept holds, as text, and (label, cosine) pairs for a picture."""
+    lines, marks = [concept.summary()], []
+    for encoder in encoders(clip) if clip is not None else []:
+        rows = concept.tensors.get(encoder.key)
+        if rows is None or rows.shape[-1] != encoder.width:
+            lines.append(f"{encoder.key}: nothing learned for this text encoder")
+            continue
+        norms = encoder.vocabulary.detach().float().norm(dim=-1)
+        lines.append(f"{encoder.key}: norm of the vocabulary {float(norms.mean()):.3f} +- {float(norms.std()):.3f}")
+        for number, best in enumerate(nearest_words(encoder, rows.flatten(0, -2), count)):
+            norm = float(rows.flatten(0, -2)[number].norm())
+            lines.append(f"  vector {number + 1}: norm {norm:.3f}, nearest " + ", ".join(f"{w} {c:.2f}" for w, c in best))
+            marks += [(f"{encoder.key} {number + 1}: {w}", c) for w, c in best]
+    return "\n".join(lines), marks

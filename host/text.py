@@ -1,0 +1,236 @@
+"""Text encoders of a connected CLIP: their vocabularies, and prompts with learned rows in them (comfy/sd1_clip.py)."""
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from comfy.sd1_clip import SDTokenizer
+
+from ..carriers.concept import Concept
+from ..carriers.errors import CarrierMismatch
+
+PLACEHOLDER = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
+
+
+class Encoder(NamedTuple):
+    """One text encoder inside a CLIP."""
+
+    key: str
+    """The host's ``embedding_key``: clip_l, clip_g, clip_h, t5xxl, ..."""
+    slot: str
+    """Its key in the host's token dict: l, g, t5xxl, ..."""
+    tokenizer: SDTokenizer
+    model: torch.nn.Module
+
+    @property
+    def vocabulary(self) -> torch.Tensor:
+        """Token embedding [words, width], in the host's dtype; not a copy."""
+        return self.model.transformer.get_input_embeddings().weight
+
+    @property
+    def width(self) -> int:
+        """Length of an input row."""
+        return self.vocabulary.shape[1]
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of plain text without start and end."""
+        end = -1 if self.tokenizer.tokenizer_adds_end_token else None
+        return list(self.tokenizer.tokenizer(text)["input_ids"][self.tokenizer.tokens_start:end])
+
+    def rows(self, text: str) -> torch.Tensor:
+        """Input rows [tokens, width] of plain text, fp32."""
+        return self.vocabulary[self.ids(text)].detach().float().clone()
+
+
+def encoders(clip) -> list[Encoder]:
+    """Every encoder of a CLIP that takes token embeddings, known family or not.
+
+    Raises: CarrierMismatch when none is found.
+    """
+    own = {name: t for name, t in vars(clip.tokenizer).items() if isinstance(t, SDTokenizer)}
+    found = []
+    for slot in clip.tokenize(""):
+        name = next((n for n in (slot, f"clip_{slot}") if n in own), next(iter(own)) if len(own) == 1 else None)
+        model = getattr(clip.cond_stage_model, name or "", None)
+        if model is not None and hasattr(model, "transformer"):
+            found.append(Encoder(own[name].embedding_key, slot, own[name], model))
+    if not found:
+        raise CarrierMismatch(f"The connected CLIP ({type(clip.tokenizer).__name__}) has no text encoder that takes "
+                              "token embeddings; connect another text encoder.")
+    return found
+
+
+def start_rows(encoder: Encoder, init: str, text: str, count: int, draw: torch.Generator) -> torch.Tensor:
+    """First value [count, width] of learned rows, fp32.
+
+    ``init``: ``word`` repeats the mean row of ``text``; ``text`` spreads its token rows over the vectors; ``random``
+    draws with the vocabulary's mean and deviation. Repeated rows differ by 1% of their norm so that they can part.
+    Raises: ValueError when a text is needed and this encoder finds no token in it.
+    """
+    if init == "random":
+        table = encoder.vocabulary.detach().float()
+        return table.mean(0) + table.std(0) * torch.randn(count, table.shape[1], generator=draw).to(table.device)
+    words = encoder.rows(text)
+    if not len(words):
+        raise ValueError(f"There is no word to start from in {text!r}; write a class word such as 'mug', or choose random.")
+    if init == "word" or len(words) == 1:
+        rows = words.mean(0, keepdim=True).expand(count, -1)
+    elif len(words) >= count:
+        rows = torch.stack([part.mean(0) for part in words.tensor_split(count)])
+    else:
+        rows = words.repeat(-(-count // len(words)), 1)[:count]
+    noise = torch.randn(rows.shape, generator=draw).to(rows.device)
+    return rows + (0.01 * rows.norm(dim=-1, keepdim=True) / rows.shape[1] ** 0.5 * noise if count > 1 else 0)
+
+
+def with_rows(clip, table: Mapping[str, Mapping[str, torch.Tensor]]):
+    """A CLIP whose tokenizers resolve ``embedding:<name>`` from ``table`` (name -> encoder key -> [n, width]) first.
+
+    The model is shared, the input CLIP stays as it is; gradients flow into the rows.
+    """
+    clone = clip.clone()
+    clone.tokenizer = copy.copy(clip.tokenizer)
+    for name, tokenizer in list(vars(clip.tokenizer).items()):
+        if isinstance(tokenizer, SDTokenizer):
+            setattr(clone.tokenizer, name, _resolving(tokenizer, table))
+    return clone
+
+
+def _resolving(tokenizer: SDTokenizer, table) -> SDTokenizer:
+    own = copy.copy(tokenizer)
+    own.embedding_directory = tokenizer.embedding_directory if tokenizer.embedding_directory is not None else []
+    stock = type(tokenizer)._try_get_embedding
+    named = len(stock(own, "-")) == 3  # newer hosts return (embedding, name, leftover)
+
+    def resolve(text):
+        name, _, rest = text.partition(" ")
+        rows = table.get(name, {}).get(own.embedding_key)
+        if rows is None:
+            return stock(own, text)
+        return (rows, name, rest.strip()) if named else (rows, rest.strip())
+
+    own._try_get_embedding = resolve
+    return own
+
+
+def fill(text: str, names: Mapping[str, str]) -> str:
+    """Replaces ``<name>`` by the host's ``embedding:`` syntax under an internal name, or by a plain word.
+
+    The host wants a blank before the marker unless a segment begins with it, and one after it.
+    """
+    def swap(match):
+        begins = match.start() == 0 or text[match.start() - 1] in " (\n"
+        return ("" if begins else " ") + names[match[1]] + ("" if text[match.end():match.end() + 1] in ("", " ", ")") else " ")
+
+    return PLACEHOLDER.sub(lambda m: swap(m) if m[1] in names else m[0], text)
+
+
+def plain_rows(concept: Concept, encoder: Encoder, count: int) -> torch.Tensor:
+    """What strength 0 stands for: the rows of the word the concept started from, else the vocabulary's mean."""
+    text = concept.info.get("init_text") or ""
+    words = encoder.rows(text) if text else encoder.vocabulary.detach().float().mean(0, keepdim=True)
+    return words.mean(0, keepdim=True).expand(count, -1)
+
+
+def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, torch.Tensor]:
+    """Rows per encoder key for one concept in this CLIP, fp32; encoders it never learned get its plain word.
+
+    Raises: CarrierMismatch naming both sides when a width differs or no encoder fits.
+    """
+    here = encoders(clip)
+    fits = {e.key for e in here} & set(concept.tensors)
+    if not fits:
+        raise CarrierMismatch(f"Concept <{concept.name}> holds {_sizes(concept)}, this CLIP has "
+                              f"{_widths(here)}; learn it again with this model, or connect the model it was learned on.")
+    rows = {}
+    for encoder in here:
+        if encoder.key not in concept.tensors:
+            text = concept.info.get("init_text") or "thing"
+            rows[encoder.key] = encoder.rows(text)
+            continue
+        learned = concept.tensors[encoder.key]
+        if learned.shape[-1] != encoder.width:
+            raise CarrierMismatch(f"Concept <{concept.name}> holds {_sizes(concept)}, but {encoder.key} of this CLIP expects "
+                                  f"rows of {encoder.width}; learn it again with this model.")
+        if learned.shape[:3] != (1, 1, 1):
+            raise CarrierMismatch(f"Concept <{concept.name}> has rows per stage, layer or role ({_sizes(concept)}); "
+                                  "this node takes plain tokens only.")
+        own = learned[0, 0, 0].to(encoder.vocabulary.device, copy=True)
+        if strength != 1.0:
+            base = plain_rows(concept, encoder, len(own))
+            own = base + strength * (own - base)
+        rows[encoder.key] = own
+    return rows
+
+
+def _sizes(concept: Concept) -> str:
+    return ", ".join(f"{k} {' x '.join(map(str, v.shape))}" for k, v in concept.tensors.items())
+
+
+def _widths(found: list[Encoder]) -> str:
+    return ", ".join(f"{e.key} ({e.width})" for e in found)
+
+
+def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
+    """Prompt with ``<name>`` placeholders -> the host's CONDITIONING.
+
+    Without a placeholder, and for strength 0 up to the plain word, this is the stock encoder bit for bit.
+    Raises: ValueError for an unknown or doubled name, CarrierMismatch for a concept that does not fit.
+    """
+    by_name: dict[str, tuple[Concept, float]] = {}
+    for concept, strength in concepts:
+        if concept.name in by_name:
+            raise ValueError(f"Two connected concepts are both called <{concept.name}>; rename one of them when loading it.")
+        by_name[concept.name] = (concept, strength)
+    wanted = list(dict.fromkeys(PLACEHOLDER.findall(text)))
+    unknown = [f"<{n}>" for n in wanted if n not in by_name]
+    if unknown:
+        have = ", ".join(f"<{n}>" for n in by_name) or "none"
+        raise ValueError(f"The prompt names {', '.join(unknown)}, but the connected concepts are: {have}. "
+                         "Correct the name or connect the concept.")
+    names, table = {}, {}
+    for number, name in enumerate(wanted):
+        concept, strength = by_name[name]
+        rows = concept_rows(clip, concept, strength)
+        if strength == 0:
+            names[name] = concept.info.get("init_text") or ""
+        else:
+            names[name] = f"embedding:concept-{number}"
+            table[f"concept-{number}"] = rows
+    used = with_rows(clip, table) if table else clip
+    return used.encode_from_tokens_scheduled(used.tokenize(fill(text, names)))
+
+
+class Prompts:
+    """Captions tokenised once; encoded every step with the current rows, differentiably."""
+
+    def __init__(self, clip, texts: list[str], word: str, counts: Mapping[str, int]):
+        """``counts``: learned vectors per encoder key; other encoders see the plain ``word`` instead."""
+        self.clip, self.slots = clip, {e.slot: e.key for e in encoders(clip)}
+        marks = {key: torch.arange(n, dtype=torch.float32)[:, None].expand(n, e.width).contiguous()
+                 for e in encoders(clip) for key, n in counts.items() if e.key == key}
+        missing = {e.key: e.rows(word) for e in encoders(clip) if e.key not in counts}
+        marking = with_rows(clip, {"mark": {**marks, **missing}})
+        self.learned = set(counts)
+        self.tokens = [marking.tokenize(PLACEHOLDER.sub("{}", t).replace("{}", " embedding:mark ").strip()) for t in texts]
+
+    def ready(self) -> None:
+        """Sets the encoder up as the host does before encoding; call after the model is loaded."""
+        model = self.clip.cond_stage_model
+        model.reset_clip_options()
+        if self.clip.layer_idx is not None:
+            model.set_clip_options({"layer": self.clip.layer_idx})
+        model.set_clip_options({"execution_device": self.clip.patcher.load_device})
+
+    def encode(self, index: int, rows: Mapping[str, torch.Tensor]) -> list:
+        """One host conditioning entry [cond, extras] for caption ``index`` with ``rows`` (encoder key -> [n, width])."""
+        def current(slot, token):
+            key = self.slots.get(slot)
+            return rows[key][int(token[0])] if torch.is_tensor(token) and key in self.learned else token
+
+        tokens = {slot: [[(current(slot, token), *rest) for token, *rest in chunk] for chunk in chunks]
+                  for slot, chunks in self.tokens[index].items()}
+        cond, pooled, *extra = self.clip.cond_stage_model.encode_token_weights(tokens)
+        return [cond, {"pooled_output": pooled, **(extra[0] if extra else {})}]

@@ -1,0 +1,1 @@
+"""Mathematics on tensors and callables: no ComfyUI, no files, no globals."""

@@ -1,0 +1,34 @@
+"""Random draws that are pure functions of (seed, step, purpose), so that a resumed run repeats an unbroken one."""
+
+import hashlib
+
+import torch
+
+LAWS = ("uniform", "logit-normal", "high noise", "low noise")
+
+
+def generator(seed: int, step: int, purpose: str) -> torch.Generator:
+    """A private CPU generator; torch's global one is never touched."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def times(count: int, law: str, low: float, high: float, draw: torch.Generator) -> torch.Tensor:
+    """Training times in [low, high], 1 = pure noise.
+
+    ``law``: uniform; logit-normal (SD3, arXiv 2403.03206); high noise / low noise: linear densities 2t and 2(1-t).
+    Returns: [count], fp64. Raises: ValueError for an unknown law or an empty range.
+    """
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"The timestep range {low} to {high} is empty; it needs 0 <= low < high <= 1.")
+    if law == "logit-normal":
+        u = torch.randn(count, generator=draw, dtype=torch.float64).sigmoid()
+    else:
+        u = torch.rand(count, generator=draw, dtype=torch.float64)
+        if law == "high noise":
+            u = u.sqrt()
+        elif law == "low noise":
+            u = 1 - (1 - u).sqrt()
+        elif law != "uniform":
+            raise ValueError(f"Unknown timestep law {law!r}; known: {', '.join(LAWS)}.")
+    return low + (high - low) * u

@@ -1,0 +1,113 @@
+"""The learning loop: small learned tensors, any loss, exact continuation."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+class Diverged(RuntimeError):
+    """Loss or gradient is not finite; the learned tensors are still those of the last good step."""
+
+
+@dataclass(frozen=True)
+class Adam:
+    """AdamW without decay (arXiv 1711.05101): the optimiser of Textual Inversion."""
+
+    learning_rate: float = 5e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def start(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Fresh moments."""
+        zeros = {f"{moment}.{k}": torch.zeros_like(p) for k, p in parameters.items() for moment in ("first", "second")}
+        return {**zeros, "step": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+        """One step in place, with ``.grad`` of each parameter; ``state["step"]`` counts from 1."""
+        count, (b1, b2) = int(state["step"]), self.betas
+        for key, parameter in parameters.items():
+            first, second, grad = state[f"first.{key}"], state[f"second.{key}"], parameter.grad
+            first.lerp_(grad, 1 - b1)
+            second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+            scale = (second / (1 - b2**count)).sqrt_().add_(1e-8)
+            parameter.addcdiv_(first, scale, value=-self.learning_rate / (1 - b1**count))
+
+
+@dataclass(frozen=True)
+class Sphere:
+    """Directional Textual Inversion (Riemannian SGD): each vector keeps its norm and learns its direction.
+
+    The prior -kappa mu.v pulls towards ``mean`` (unit vectors of the class word, [..., width] per parameter); the
+    tangent gradient is divided by its own norm before the step, as the authors' code does.
+    """
+
+    mean: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    learning_rate: float = 1e-2
+    kappa: float = 1e-4
+
+    def start(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The radii, which never change."""
+        radii = {f"radius.{k}": p.detach().norm(dim=-1, keepdim=True) for k, p in parameters.items()}
+        return {**radii, "step": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+        """One step in place along the geodesic's chord, then back onto the sphere."""
+        for key, parameter in parameters.items():
+            radius = state[f"radius.{key}"]
+            unit = parameter / radius
+            grad = parameter.grad * radius  # gradient with respect to the unit vector
+            if key in self.mean:
+                grad = grad - self.kappa * self.mean[key]
+            tangent = grad - (grad * unit).sum(-1, keepdim=True) * unit
+            length = tangent.norm(dim=-1, keepdim=True)
+            moved = unit - self.learning_rate * tangent / length.clamp_min(1e-20)
+            parameter.copy_(moved / moved.norm(dim=-1, keepdim=True) * radius)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known after a finished step."""
+
+    number: int
+    """Steps done so far, those of earlier runs included."""
+    loss: float
+    parameters: Mapping[str, torch.Tensor]
+    state: Mapping[str, torch.Tensor]
+
+
+def fit(parameters: Mapping[str, torch.Tensor], loss_of: Callable[[Mapping[str, torch.Tensor], int, int], torch.Tensor],
+        optimiser: Adam | Sphere, steps: int, *, accumulate: int = 1,
+        state: Mapping[str, torch.Tensor] | None = None) -> Iterator[Step]:
+    """Learns ``parameters`` in place and yields after every step, when everything is consistent.
+
+    ``loss_of(parameters, step, micro)`` returns a scalar that is differentiable in the parameters; all its randomness
+    must depend on (step, micro) alone. ``state`` continues an earlier run: N + M steps equal one run of N + M.
+    Whatever ends the loop from outside (an interrupt, an error inside ``loss_of``) leaves the last finished step.
+    Raises: Diverged when a loss or a gradient is not finite; ValueError when ``state`` belongs to another optimiser.
+    """
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    fresh = optimiser.start(parameters)
+    if state:
+        if set(state) != set(fresh) or any(state[k].shape != v.shape for k, v in fresh.items()):
+            raise ValueError("The training state does not belong to this optimiser and these vectors; continue with the "
+                             "same geometry, encoders and number of vectors, or start anew.")
+        fresh = {k: v.clone() for k, v in state.items()}
+    done = int(fresh["step"])
+    for number in range(done, done + steps):
+        total = 0.0
+        try:
+            for micro in range(accumulate):
+                loss = loss_of(parameters, number, micro) / accumulate
+                loss.backward()
+                total += float(loss.detach())
+            grads = [p.grad for p in parameters.values()]
+            if not all(g is not None and bool(torch.isfinite(g).all()) for g in grads) or total - total != 0:
+                raise Diverged(f"The loss or its gradient is not finite at step {number + 1} (loss {total}).")
+            with torch.no_grad():
+                fresh["step"] += 1
+                optimiser.update(parameters, fresh)
+        finally:
+            for parameter in parameters.values():
+                parameter.grad = None
+        yield Step(number + 1, total, parameters, fresh)

@@ -1,0 +1,42 @@
+"""Training losses from a denoised estimate, in the model's own prediction space.
+
+Noised inputs follow the host's convention: x = x0 + sigma n (eps, v, edm) or x = (1 - sigma) x0 + sigma n (flow).
+"""
+
+import torch
+
+SPACES = ("eps", "v", "edm", "flow", "x0")
+
+
+def residual(space: str, sigma: torch.Tensor, denoised: torch.Tensor, clean: torch.Tensor,
+             sigma_data: float = 1.0) -> torch.Tensor:
+    """Prediction minus target of the network, whose square is the usual loss.
+
+    sigma [b]; denoised, clean [b, ...]. eps: n' - n; v: v' - v (arXiv 2202.00512); edm: F' - F (arXiv 2206.00364);
+    flow: velocity n - x0 (arXiv 2209.03003); x0: x0' - x0.
+    Returns: [b, ...]. Raises: ValueError for an unknown space.
+    """
+    s = sigma.view(-1, *[1] * (denoised.ndim - 1))
+    d = denoised - clean
+    if space in ("eps", "flow"):
+        return -d / s
+    if space == "v":
+        return -d * (s**2 + sigma_data**2) ** 0.5 / (s * sigma_data)
+    if space == "edm":
+        return d * (s**2 + sigma_data**2) ** 0.5 / (s * sigma_data)
+    if space == "x0":
+        return d
+    raise ValueError(f"Unknown prediction space {space!r}; known: {', '.join(SPACES)}.")
+
+
+def masked_mse(error: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean square per sample; with a mask [b, 1, h, w] the mean over its area.
+
+    error [b, c, h, w]. Returns: [b]. A sample with an empty mask counts in full.
+    """
+    square = error.square()
+    if mask is None:
+        return square.flatten(1).mean(1)
+    area = mask.flatten(1).sum(1)
+    weight = torch.where(area.view(-1, 1, 1, 1) > 0, mask, torch.ones_like(mask))
+    return (square.mean(1, keepdim=True) * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)

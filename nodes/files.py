@@ -1,0 +1,123 @@
+"""Saving, loading and looking into concepts."""
+
+import json
+from dataclasses import replace
+
+import torch
+from comfy_api.latest import io
+
+from ..carriers.files import free_name, write_concept
+from ..carriers.foreign import read_any
+from ..host import folders
+from ..host.pictures import bars
+from ..host.report import inspect_text
+from .sockets import Concept
+
+
+class SaveCarrier(io.ComfyNode):
+    """Writes one concept to one file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptSaveCarrier",
+            display_name="Save Concept",
+            category="concepts/files",
+            description="Writes a concept to one safetensors file that never replaces another. In the embeddings folder it also works "
+                        "as a stock embedding:name.",
+            search_aliases=["save embedding", "export concept"],
+            is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            inputs=[
+                Concept.Input("concept", tooltip="The concept to keep."),
+                io.String.Input("filename", default="", tooltip="File name without folder. Empty: the concept's name. A number is added "
+                                                                "when the name is taken."),
+                io.Combo.Input("folder", options=["concepts", "embeddings"], default="concepts",
+                               tooltip="concepts: output/concepts. embeddings: models/embeddings, where the stock embedding:name finds it."),
+                io.Boolean.Input("training_state", default=True, advanced=True,
+                                 tooltip="Keep the optimiser state, so that learning can continue; the file is about three times as large."),
+                io.Boolean.Input("workflow", default=True, advanced=True,
+                                 tooltip="Keep the workflow inside the file. It may name files of yours."),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="Where the file is, relative to the host's folder.")],
+        )
+
+    @classmethod
+    def execute(cls, concept, filename, folder, training_state, workflow) -> io.NodeOutput:
+        place = folders.output() if folder == "concepts" else folders.embeddings()
+        target = free_name(place, filename.strip() or concept.name)
+        notes = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})} if workflow and folders.metadata_allowed() else {}
+        write_concept(concept if training_state else replace(concept, state={}), target,
+                      {k: json.dumps(v) for k, v in notes.items() if v is not None})
+        shown = f"{folder}/{target.name}"
+        return io.NodeOutput(shown, ui={"text": (f"saved {shown}",)})
+
+
+class LoadCarrier(io.ComfyNode):
+    """Reads a concept or a foreign embedding."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptLoadCarrier",
+            display_name="Load Concept",
+            category="concepts/files",
+            description="Reads a concept saved by this pack, or a Textual Inversion file of A1111, diffusers or kohya.",
+            search_aliases=["load embedding", "textual inversion loader"],
+            inputs=[
+                io.Combo.Input("file", options=folders.saved(), tooltip="Files in output/concepts, models/concepts and models/embeddings."),
+                io.String.Input("name", default="", tooltip="Another <name> for prompts. Empty: the name in the file."),
+            ],
+            outputs=[Concept.Output(display_name="concept", tooltip="Connect to Concept Prompt, a learner's continue_from, or Inspect Concept.")],
+        )
+
+    @classmethod
+    def execute(cls, file, name) -> io.NodeOutput:
+        concept = read_any(folders.find(file))
+        return io.NodeOutput(replace(concept, name=name.strip()) if name.strip() else concept)
+
+    @classmethod
+    def fingerprint_inputs(cls, file, name) -> str:
+        path = folders.find(file)
+        return f"{path.stat().st_mtime_ns}/{path.stat().st_size}/{name}"
+
+    @classmethod
+    def validate_inputs(cls, file) -> bool | str:
+        try:
+            folders.find(file)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+
+class InspectCarrier(io.ComfyNode):
+    """Says what is inside a concept."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptInspectCarrier",
+            display_name="Inspect Concept",
+            category="concepts/inspect",
+            description="Shows what a concept holds, how it was learned, the norms of its vectors and the words nearest to them.",
+            search_aliases=["embedding info", "nearest words", "metadata"],
+            is_output_node=True,
+            inputs=[
+                Concept.Input("concept", tooltip="The concept to look into."),
+                io.Int.Input("words", default=5, min=1, max=50, tooltip="Nearest words to list per vector."),
+                io.Clip.Input("clip", optional=True, tooltip="Text encoders whose words to compare with; without it only the contents are shown."),
+            ],
+            outputs=[
+                io.String.Output(display_name="report", tooltip="The contents as text."),
+                io.Image.Output(display_name="picture", tooltip="Cosine to the nearest words as bars."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, concept, words, clip=None) -> io.NodeOutput:
+        with torch.no_grad():
+            text, marks = inspect_text(concept, clip, words)
+        return io.NodeOutput(text, bars(marks, f"<{concept.name}>: cosine to the nearest words"), ui={"text": (text,)})
+
+
+NODES = [SaveCarrier, LoadCarrier, InspectCarrier]

@@ -1,0 +1,131 @@
+"""Gradients through the real host classes equal those of an independent out-of-place autograd mode."""
+
+import contextlib
+
+import pytest
+import torch
+
+from .tiny import FAMILIES, tiny
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+def loss_and_gradient(made, context, patched=False):
+    """Loss of one caption with a learned row, and its gradient per encoder."""
+    from concepts.host.denoise import Denoiser, sigmas_at
+    from concepts.host.gradients import ordinary
+    from concepts.host.text import Prompts, encoders
+    from concepts.kernels.losses import residual
+    with context:
+        model = made.model
+        if patched:
+            model = model.clone()
+            model.set_model_attn2_patch(lambda n, k, v, extra: (n, k, v * (1 + 0.1 * (extra["block"][1] + 1))))
+        d = Denoiser(model)
+        draw = torch.Generator().manual_seed(1)
+        rows = {e.key: (torch.randn(2, e.width, generator=draw) * 0.3).requires_grad_() for e in encoders(made.clip)}
+        prompts = Prompts(made.clip, ["a photo of {}", "(a {}:1.3) on grass"], "thing", dict.fromkeys(rows, 2))
+        prompts.ready()
+        clean = d.clean(ordinary(made.latent)[None]).repeat(2, 1, 1, 1)
+        sigma = sigmas_at(d.sampling, torch.tensor([0.4, 0.8], dtype=torch.float64))
+        noise = torch.randn(clean.shape, generator=draw)
+        out = d(d.noised(clean, noise, sigma), sigma, [prompts.encode(i, rows) for i in (0, 1)])
+        loss = residual(d.space, sigma, out, clean, d.sigma_data).square().mean()
+        loss.backward()
+        return float(loss), {k: v.grad for k, v in rows.items()}
+
+
+@contextlib.contextmanager
+def out_of_place(model, clip):
+    """torch's copy-on-write of mutated saved tensors: no hook and no checkpoint of ours takes part."""
+    import comfy.model_management as management
+
+    from concepts.host.gradients import thaw
+    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+        for patcher in (model, clip.patcher):
+            thaw(patcher)
+        management.load_models_gpu([model, clip.patcher])
+        for patcher in (model, clip.patcher):
+            patcher.model.requires_grad_(False)
+        kept = getattr(management, "in_training", None)
+        management.in_training = True
+        try:
+            yield
+        finally:
+            management.in_training = kept
+
+
+def relative(a, b):
+    return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_is_exact(family, checkpointing):
+    from concepts.host.gradients import training
+    made = tiny(family)
+    patched = family in ("sd15", "sdxl")
+    loss, grad = loss_and_gradient(made, training(made.model, made.clip.patcher, checkpointing=checkpointing), patched)
+    reference_loss, reference = loss_and_gradient(made, out_of_place(made.model, made.clip), patched)
+    assert all(float(v.norm()) > 0 for v in reference.values())
+    assert loss == pytest.approx(reference_loss, rel=1e-6)
+    assert relative(grad, reference) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_samples_bit_equally_afterwards(family):
+    import comfy.sample
+
+    from concepts.host.gradients import training
+    made = tiny(family)
+
+    def sample():
+        with torch.inference_mode():
+            cond = made.clip.encode_from_tokens_scheduled(made.clip.tokenize("a photo of a mug"))
+            latent = torch.zeros(1, *made.latent.shape)
+            noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(7))
+            return comfy.sample.sample(made.model, noise, 3, 2.0, "euler", "simple", cond, cond, latent, seed=0, disable_pbar=True)
+
+    before = sample()
+    flags = [p.requires_grad for p in made.model.model.parameters()]
+    loss_and_gradient(made, training(made.model, made.clip.patcher, checkpointing=True))
+    assert torch.equal(sample(), before)
+    modules = [*made.model.model.modules(), *made.clip.cond_stage_model.modules()]
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules) == 0
+    assert not any("forward" in m.__dict__ for m in modules)
+    assert len(flags) == len(list(made.model.model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_small_weight_types_give_the_same_direction(dtype):
+    from concepts.host.gradients import training
+    exact = tiny("sd15")
+    small = tiny("sd15", dtype=getattr(torch, dtype), cast=torch.float32)
+    _, a = loss_and_gradient(exact, training(exact.model, exact.clip.patcher))
+    _, b = loss_and_gradient(small, training(small.model, small.clip.patcher))
+    cosine = torch.cosine_similarity(a["clip_l"].flatten(), b["clip_l"].flatten(), 0)
+    assert cosine > (0.9 if dtype.startswith("float8") else 0.999)
+    assert b["clip_l"].dtype == torch.float32
+
+
+def test_finite_differences_agree():
+    from concepts.host.denoise import Denoiser, sigmas_at
+    from concepts.host.gradients import training
+    from concepts.host.text import Prompts
+    made = tiny("sd15")
+    with training(made.model, made.clip.patcher):
+        d = Denoiser(made.model)
+        prompts = Prompts(made.clip, ["a photo of {}"], "thing", {"clip_l": 1})
+        prompts.ready()
+        x, sigma = torch.randn(1, *made.latent.shape), sigmas_at(d.sampling, torch.tensor([0.5]))
+        weight = torch.randn(1, *made.latent.shape)
+
+        def value(row):
+            return (d(x, sigma, [prompts.encode(0, {"clip_l": row})]) * weight).sum()
+
+        row = torch.randn(1, 64, requires_grad=True)
+        value(row).backward()
+        direction = row.grad / row.grad.norm()
+        with torch.no_grad():
+            slope = (value(row + 1e-2 * direction) - value(row - 1e-2 * direction)) / 2e-2
+    assert float(slope) == pytest.approx(float(row.grad.norm()), rel=2e-2)

@@ -1,0 +1,61 @@
+"""Draws repeat by (seed, step, purpose); losses equal the papers' formulas written out."""
+
+import pytest
+import torch
+
+from concepts.kernels.draws import LAWS, generator, times
+from concepts.kernels.losses import masked_mse, residual
+
+
+def test_draws_depend_on_every_part_and_leave_the_global_generator_alone():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    values = {key: float(torch.rand(1, generator=generator(*key)))
+              for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]}
+    assert len(set(values.values())) == 4
+    assert float(torch.rand(1, generator=generator(0, 0, "a"))) == values[0, 0, "a"]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_times_stay_in_range_and_follow_their_law(law):
+    t = times(20000, law, 0.2, 0.8, torch.Generator().manual_seed(0))
+    assert t.min() >= 0.2 and t.max() <= 0.8
+    mean = {"uniform": 0.5, "logit-normal": 0.5, "high noise": 0.6, "low noise": 0.4}[law]
+    assert float(t.mean()) == pytest.approx(mean, abs=0.01)
+
+
+def test_an_empty_range_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        times(1, "uniform", 0.5, 0.5, torch.Generator())
+
+
+@pytest.mark.parametrize("space", ["eps", "v", "edm", "flow", "x0"])
+def test_residual_equals_the_network_error(space):
+    g = torch.Generator().manual_seed(0)
+    x0, n, guess = (torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    sigma, sd = torch.tensor([0.3, 0.9], dtype=torch.float64), 0.5
+    s = sigma.view(-1, 1, 1, 1)
+    x = (1 - s) * x0 + s * n if space == "flow" else x0 + s * n
+    if space in ("eps", "flow"):
+        denoised, error = x - s * guess, guess - (n if space == "eps" else n - x0)
+    elif space == "v":
+        a = (s**2 + 1) ** 0.5
+        denoised, error, sd = x / a**2 - guess * s / a, guess - (n / a - x0 * s / a), 1.0
+    elif space == "edm":
+        a = (s**2 + sd**2) ** 0.5
+        denoised = x * sd**2 / a**2 + guess * s * sd / a
+        error = guess - (x0 - x * sd**2 / a**2) * a / (s * sd)
+    else:
+        denoised, error = guess, guess - x0
+    torch.testing.assert_close(residual(space, sigma, denoised, x0, sd), error)
+
+
+def test_masked_mean_counts_only_the_mask():
+    error = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
+    mask[0, :, 1:3, 1:3], mask[1] = 1, 1
+    values = masked_mse(error, mask)
+    naive = torch.stack([error[0, :, 1:3, 1:3].square().mean(), error[1].square().mean(), error[2].square().mean()])
+    torch.testing.assert_close(values, naive)
+    assert torch.autograd.gradcheck(lambda e: masked_mse(e, mask), (error,))

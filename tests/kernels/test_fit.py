@@ -1,0 +1,107 @@
+"""The learning loop against torch.optim, exact continuation, and how it stops."""
+
+import pytest
+import torch
+
+from concepts.kernels.draws import generator
+from concepts.kernels.fit import Adam, Diverged, Sphere, fit
+
+TARGET = torch.arange(12, dtype=torch.float32).view(2, 6) / 6
+
+
+def noisy(parameters, step, micro):
+    noise = torch.randn(TARGET.shape, generator=generator(3, step * 10 + micro, "test"))
+    return sum((p - TARGET + 0.1 * noise).square().mean() for p in parameters.values())
+
+
+def start():
+    return {"a": torch.ones(2, 6), "b": torch.full((2, 6), -1.0)}
+
+
+def run(optimiser, *lengths, accumulate=1):
+    parameters, state, losses = start(), None, []
+    for length in lengths:
+        for step in fit(parameters, noisy, optimiser, length, accumulate=accumulate, state=state):
+            losses.append(step.loss)
+        parameters = {k: v.detach().clone() for k, v in parameters.items()}
+        state = {k: v.clone() for k, v in step.state.items()}
+    return parameters, losses
+
+
+def test_adam_equals_torch():
+    ours, _ = run(Adam(0.03), 25)
+    theirs = {k: v.requires_grad_() for k, v in start().items()}
+    optimiser = torch.optim.Adam(theirs.values(), lr=0.03)
+    for step in range(25):
+        optimiser.zero_grad()
+        noisy(theirs, step, 0).backward()
+        optimiser.step()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key].detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimiser", [Adam(0.03), Sphere({}, 0.05)], ids=["adam", "sphere"])
+def test_continuing_equals_one_run_bit_for_bit(optimiser):
+    whole, losses = run(optimiser, 17, accumulate=2)
+    parts, again = run(optimiser, 5, 1, 11, accumulate=2)
+    assert losses == again
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_accumulating_is_the_mean_of_the_batches():
+    parameters = start()
+    first = next(fit(parameters, lambda p, s, m: noisy(p, s, m), Adam(0.01), 1, accumulate=3))
+    assert first.loss == pytest.approx(sum(float(noisy(start(), 0, m)) for m in range(3)) / 3, rel=1e-6)
+
+
+def test_sphere_keeps_norms_and_descends():
+    before = start()
+    after, losses = run(Sphere({}, 0.05), 60)
+    for key in before:
+        torch.testing.assert_close(after[key].norm(dim=-1), before[key].norm(dim=-1))
+    assert losses[-1] < losses[0]
+
+
+def test_sphere_prior_pulls_towards_the_word():
+    word = torch.nn.functional.normalize(torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    parameters = {"a": torch.ones(2, 6)}
+    for _ in fit(parameters, lambda p, s, m: 0 * p["a"].sum(), Sphere({"a": word}, 0.02, kappa=1.0), 200):
+        pass
+    assert (torch.cosine_similarity(parameters["a"].detach(), word, -1) > 0.99).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(bad):
+    parameters, seen = {"a": torch.ones(3)}, []
+
+    def loss(p, step, micro):
+        return p["a"].square().sum() * (bad if step == 4 else 1.0)
+
+    with pytest.raises(Diverged, match="step 5"):
+        for step in fit(parameters, loss, Adam(0.1), 10):
+            seen.append(parameters["a"].detach().clone())
+    assert step.number == 4
+    assert torch.equal(parameters["a"].detach(), seen[-1])
+    assert parameters["a"].grad is None
+
+
+def test_an_error_inside_the_loss_leaves_the_last_finished_step():
+    parameters = {"a": torch.ones(3)}
+
+    def loss(p, step, micro):
+        if step == 3:
+            raise KeyboardInterrupt
+        return p["a"].square().sum()
+
+    steps = fit(parameters, loss, Adam(0.1), 10)
+    with pytest.raises(KeyboardInterrupt):
+        for last in steps:
+            kept = parameters["a"].detach().clone()
+    assert last.number == 3 and int(last.state["step"]) == 3
+    assert torch.equal(parameters["a"].detach(), kept)
+
+
+def test_state_of_another_optimiser_is_refused():
+    step = next(fit(start(), noisy, Adam(0.1), 1))
+    with pytest.raises(ValueError, match="does not belong"):
+        next(fit(start(), noisy, Sphere({}, 0.1), 1, state=step.state))
