@@ -106,7 +106,7 @@ def demo(session: nox.Session) -> None:
     """A concept learned from five pictures in a real headless ComfyUI, placed into four scenes."""
     environment(session)
     host = comfyui(session, CURRENT)
-    python(session, host, "demo/run.py", "--host", str(host), *session.posargs)
+    python(session, host, "-m", "demo.run", "--host", str(host), *session.posargs)
 
 
 @nox.session
@@ -116,10 +116,10 @@ def tests(session: nox.Session) -> None:
     chosen = [arg for arg in session.posargs if (ROOT / arg.split("::")[0]).exists()]
     rest = [arg for arg in session.posargs if arg not in chosen]
     current, oldest = comfyui(session, CURRENT), comfyui(session, OLDEST)
-    python(session, current, "-m", "pytest", "--comfyui", str(current), *rest, *(chosen or ["tests"]))
+    python(session, current, "-m", "pytest", f"--comfyui={current}", *rest, *(chosen or ["tests"]))
     again = [arg for arg in chosen or HOST_TESTS if arg.startswith(HOST_TESTS) and (ROOT / arg.split("::")[0]).exists()]
     if oldest != current and again:
-        python(session, oldest, "-m", "pytest", "--comfyui", str(oldest), *rest, *again)
+        python(session, oldest, "-m", "pytest", f"--comfyui={oldest}", *rest, *again)
 
 
 @nox.session

@@ -1,6 +1,7 @@
 """Trains the toy world's model and judge from nothing: ``nox -s train``.
 
-Stages, each resumable after an interrupt: ``vae``, ``unet`` (denoiser and text encoder together), ``pack``.
+Stages, each resumable after an interrupt: ``vae``, ``decoder`` (alone, on finished latents), ``unet`` (denoiser and
+text encoder together), ``pack``.
 Working files go to ``--work``; ``pack`` writes the bf16 files that the repository carries.
 """
 
@@ -28,7 +29,7 @@ THINGS = 0.25
 def start_host(path: Path) -> None:
     """Imports ComfyUI from ``path`` with arguments of its own."""
     sys.path.insert(0, str(path))
-    kept, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    kept, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--use-split-cross-attention"]  # torch's fused attention has a slow backward here
     import comfy.options
     comfy.options.enable_args_parsing()
     import comfy.cli_args  # noqa: F401
@@ -66,7 +67,7 @@ class Trainer:
 
     def __init__(self, name: str, modules: dict, work: Path, steps: int, rate: float, decay: float = 0.01, ema: float = 0.999):
         self.name, self.modules, self.file, self.steps, self.rate, self.ema = name, modules, work / f"{name}.pt", steps, rate, ema
-        self.parameters = {f"{m}.{k}": p for m, module in modules.items() for k, p in module.named_parameters() if p.requires_grad}
+        self.parameters = {f"{m}.{k}".lstrip("."): p for m, module in modules.items() for k, p in module.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
         self.average = {k: p.detach().clone() for k, p in self.parameters.items()}
         self.step = 0
@@ -180,14 +181,44 @@ def normalised(state: dict, data: torch.Tensor) -> dict:
                 "post_quant_conv.bias": state["post_quant_conv.bias"] + (back[:, :, 0, 0] @ mu)}
 
 
-def load_vae(work: Path, data: torch.Tensor):
-    """The trained VAE with normalised latents."""
-    from host.toybox import VAE
+def load_vae(work: Path, data: torch.Tensor, decoder: str = "decoder.pt"):
+    """The trained VAE with normalised latents, with the longer trained decoder where there is one."""
     from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    from host.toybox import VAE
     state = torch.load(work / "vae.pt", weights_only=True)["average"]
     vae = AutoencoderKL(**VAE["params"])
     vae.load_state_dict(normalised({k.removeprefix("vae."): v for k, v in state.items()}, data))
+    if decoder and (work / decoder).is_file():
+        vae.load_state_dict(torch.load(work / decoder, weights_only=True)["average"], strict=False)
     return vae.requires_grad_(False)
+
+
+def psnr(vae, batch: torch.Tensor) -> float:
+    """Of reconstructions of uint8 pictures, in dB; clipped as the host's VAE node clips."""
+    x = to_input(batch)
+    errors = [(vae.decode(vae.quant_conv(vae.encoder(p)).chunk(2, 1)[0]).clamp(-1, 1) - p).square().mean() for p in x.split(32)]
+    return 10 * math.log10(4 / torch.stack(errors).mean())
+
+
+def train_decoder(work: Path, steps: int) -> None:
+    """The decoder goes on alone: latents, and with them the denoiser's task, stay what they are."""
+    data = pictures(training_scenes(PICTURES, 0), work / "pictures.npy")
+    vae = load_vae(work, data, decoder="")
+    z = latents(vae, data, work)
+    for part in ("decoder", "post_quant_conv"):
+        getattr(vae, part).requires_grad_(True)
+    fresh = torch.from_numpy(np.stack([world.pixels(world.render(s)[0]) for s in training_scenes(256, 99)]))
+    trainer = Trainer("decoder", {"": vae}, work, steps, 1.5e-3, decay=0.0)
+
+    def loss_of(step, g):
+        pick = torch.randint(len(data), (8,), generator=g)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = vae.decoder(vae.post_quant_conv(z[pick])).float()
+        error = y - to_input(data[pick])
+        return (error.square() + 0.02 * error.abs()).mean()
+
+    trainer.run(loss_of, lambda: print(f"  PSNR {psnr(vae, fresh):.2f} dB", flush=True), every=100)
 
 
 def encode(vae, batch: torch.Tensor) -> torch.Tensor:
@@ -329,16 +360,19 @@ def pack(work: Path, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["vae", "unet", "pack", "all"])
+    parser.add_argument("stage", choices=["vae", "decoder", "unet", "pack", "all"])
     parser.add_argument("--host", type=Path, required=True, help="ComfyUI folder")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--vae-steps", type=int, default=1750)
+    parser.add_argument("--vae-steps", type=int, default=2600)
+    parser.add_argument("--decoder-steps", type=int, default=1600)
     parser.add_argument("--unet-steps", type=int, default=12000)
     a = parser.parse_args()
     start_host(a.host.resolve())
     a.work.mkdir(parents=True, exist_ok=True)
     if a.stage in ("vae", "all"):
         train_vae(a.work, a.vae_steps)
+    if a.stage in ("decoder", "all"):
+        train_decoder(a.work, a.decoder_steps)
     if a.stage in ("unet", "all"):
         train_unet(a.work, a.unet_steps)
     if a.stage in ("pack", "all"):

@@ -25,7 +25,7 @@ def comfyui(request) -> Path:
     """Folder of the ComfyUI under test."""
     path = request.config.getoption("--comfyui")
     if not path or not (Path(path) / "main.py").exists():
-        raise pytest.UsageError(f"No ComfyUI at {path!r}: run `nox -s tests`, or pass --comfyui FOLDER")
+        raise pytest.UsageError(f"No ComfyUI at {path!r}: run `nox -s tests`, or pass --comfyui=FOLDER")
     return Path(path).resolve()
 
 

@@ -32,7 +32,7 @@ def loss_and_gradient(made, context, patched=False):
         out = d(d.noised(clean, noise, sigma), sigma, [prompts.encode(i, rows) for i in (0, 1)])
         loss = residual(d.space, sigma, out, clean, d.sigma_data).square().mean()
         loss.backward()
-        return float(loss), {k: v.grad for k, v in rows.items()}
+        return loss.item(), {k: v.grad for k, v in rows.items()}
 
 
 @contextlib.contextmanager
