@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from comfy_api.latest import io
 
-from ..carriers.files import free_name, write_concept
+from ..carriers.files import write_new
 from ..carriers.foreign import read_any
 from ..host import folders
 from ..host.pictures import bars
@@ -45,10 +45,9 @@ class SaveCarrier(io.ComfyNode):
     @classmethod
     def execute(cls, concept, filename, folder, training_state, workflow) -> io.NodeOutput:
         place = folders.output() if folder == "concepts" else folders.embeddings()
-        target = free_name(place, filename.strip() or concept.name)
         notes = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})} if workflow and folders.metadata_allowed() else {}
-        write_concept(concept if training_state else replace(concept, state={}), target,
-                      {k: json.dumps(v) for k, v in notes.items() if v is not None})
+        target = write_new(concept if training_state else replace(concept, state={}), place, filename.strip() or concept.name,
+                           {k: json.dumps(v) for k, v in notes.items() if v is not None})
         shown = f"{folder}/{target.name}"
         return io.NodeOutput(shown, ui={"text": (f"saved {shown}",)})
 

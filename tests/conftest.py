@@ -41,6 +41,8 @@ def host(comfyui) -> Path:
     # Importing `nodes` puts comfy/ first on the path, where `utils` is another module than the host's package.
     import utils.install_util  # noqa: F401, I001
     import comfy.sd  # noqa: F401
+    import torch
+    torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
     return comfyui
 
 

@@ -1,0 +1,81 @@
+"""A learned concept in memory."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import CarrierError
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ENCODER = re.compile(r"[A-Za-z0-9_]{1,64}")
+AXES = ("stages", "layers", "roles", "vectors", "width")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept: its name in prompts, what was learned, and how.
+
+    Tensors are copied to the CPU as ordinary (never inference-mode) tensors, so a concept is safe to keep and to share.
+    Raises: CarrierError when a name, shape, number or note is not allowed.
+    """
+
+    name: str
+    """Written as ``<name>`` in prompts: letters, digits, - and _."""
+    kind: str
+    """One of ``KINDS``."""
+    tensors: Mapping[str, torch.Tensor]
+    """For ``tokens``: rows of the text encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """JSON facts: settings, losses, base model."""
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Optimiser state for continuing; may be empty."""
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise CarrierError(f"{str(self.name)[:80]!r} cannot be a concept's name; use 1 to 64 letters, digits, - or _.")
+        if self.kind not in KINDS:
+            raise CarrierError(f"Concept <{self.name}> is of kind {str(self.kind)[:80]!r}, which this version does not know "
+                               f"({', '.join(KINDS)}); update the pack.")
+        try:
+            info = json.loads(json.dumps(dict(self.info), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise CarrierError(f"The facts about concept <{self.name}> cannot be written as JSON: {error}.") from error
+        tensors = {k: _own(v, torch.float32) for k, v in self.tensors.items()}
+        KINDS[self.kind](self.name, tensors)
+        for name, value in (("tensors", tensors), ("info", info), ("state", {k: _own(v) for k, v in self.state.items()})):
+            object.__setattr__(self, name, value)
+
+    def summary(self) -> str:
+        """What it holds and how it was learned, in a few lines."""
+        lines = [f"<{self.name}>: {self.kind}"]
+        for key, value in self.tensors.items():
+            shape = ", ".join(f"{n} {axis}" for n, axis in zip(value.shape, AXES, strict=True) if n > 1 or axis in AXES[3:])
+            lines.append(f"{key}: {shape}; mean norm {float(value.norm(dim=-1).mean()):.3f}")
+        lines += [f"{key}: {value}" for key, value in sorted(self.info.items())]
+        lines.append("training state: " + (f"{len(self.state)} tensors, learning can continue" if self.state else "none"))
+        return "\n".join(lines)
+
+
+def _own(value: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An ordinary CPU copy, also of an inference-mode tensor and inside inference mode."""
+    with torch.inference_mode(False):
+        return value.detach().to("cpu", dtype or value.dtype, copy=True).contiguous()
+
+
+def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    if not tensors:
+        raise CarrierError(f"Concept <{name}> holds no vectors.")
+    for key, value in tensors.items():
+        if not ENCODER.fullmatch(key):
+            raise CarrierError(f"Concept <{name}>: {key[:80]!r} cannot be the name of a text encoder.")
+        if value.dim() != len(AXES) or not value.numel():
+            raise CarrierError(f"Concept <{name}>: {key} has shape {tuple(value.shape)}, expected ({', '.join(AXES)}).")
+        if not bool(torch.isfinite(value).all()):
+            raise CarrierError(f"Concept <{name}>: {key} holds numbers that are not finite; learn it again with a lower learning rate.")
+
+
+KINDS = {"tokens": _check_tokens}

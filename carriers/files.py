@@ -1,0 +1,157 @@
+"""Concepts on disk: one safetensors file, written atomically, checked completely when read.
+
+Plain tokens lie under the encoder's key as [vectors, width], so the file is also a stock ``embedding:name`` file
+(comfy/sd1_clip.py load_embed). Everything else is under ``concepts.``; metadata carries a SHA-256 over all of it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+from .concept import Concept
+from .errors import CarrierError, CarrierFileError
+
+VERSION = "1"
+LARGEST = 1 << 30
+"""Bytes; no concept comes near it."""
+LONGEST_HEADER = 16 << 20
+OWN = "concepts."
+TOKENS, STATE = OWN + "tokens.", OWN + "state."
+RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
+
+
+def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Writes ``path`` whole or not at all; an older file there stays until the new one is complete.
+
+    ``notes``: extra metadata, such as prompt and workflow as JSON.
+    Raises: CarrierFileError when the disk refuses, naming the file.
+    """
+    tensors = {k if v.shape[:3] == (1, 1, 1) else TOKENS + k: v[0, 0, 0] if v.shape[:3] == (1, 1, 1) else v
+               for k, v in concept.tensors.items()}
+    tensors |= {STATE + k: v for k, v in concept.state.items()}
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    metadata = {
+        **(notes or {}), OWN + "format": VERSION, OWN + "kind": concept.kind, OWN + "name": concept.name,
+        OWN + "info": json.dumps(concept.info, sort_keys=True), "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{concept.info.get('architecture', 'unknown')}/textual-inversion",
+        "modelspec.implementation": "concept-carriers", "modelspec.title": concept.name,
+        "modelspec.trigger_phrase": f"<{concept.name}>",
+    }
+    metadata[OWN + "digest"] = _digest(tensors, metadata)
+    _replace(Path(path), save(tensors, metadata))
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    total = hashlib.sha256(json.dumps({k: v for k, v in metadata.items() if k != OWN + "digest"}, sort_keys=True).encode())
+    for key, value in sorted(tensors.items()):
+        total.update(f"\0{key}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        total.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return total.hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        if os.name != "nt":  # the new name itself must survive a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        old = " The older file there is unharmed." if path.is_file() and path.stat().st_size else ""
+        raise CarrierFileError(f"{path} could not be written ({error.strerror or error}); free some space or choose another "
+                               f"folder, then save again.{old}") from error
+
+
+def write_new(concept: Concept, folder: Path, name: str, notes: Mapping[str, str] | None = None) -> Path:
+    """Writes to ``folder`` under a name no file has yet: ``name``, or ``name_2``, ``name_3``, ...
+
+    Anything but letters, digits, blank, dot, - and _ becomes _. Raises: CarrierFileError as ``write_concept`` does.
+    """
+    stem = re.sub(r"[^\w .-]", "_", name.removesuffix(".safetensors"), flags=re.ASCII).strip(" .")[:100]
+    stem = f"_{stem}" if not stem or RESERVED.fullmatch(stem) else stem
+    number = 1
+    while True:
+        path = Path(folder) / f"{stem}{f'_{number}' if number > 1 else ''}.safetensors"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("xb").close()  # taken for us, also against a second process
+            break
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise CarrierFileError(f"{path} could not be written ({error.strerror or error}); choose another folder.") from error
+    try:
+        write_concept(concept, path, notes)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file. Raises: CarrierFileError when it is missing, unreadable or far too large."""
+    try:
+        size = Path(path).stat().st_size
+        if size > LARGEST:
+            raise CarrierFileError(f"{path} is {size} bytes large; no concept is. Choose another file.")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise CarrierFileError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def parse(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises: CarrierFileError."""
+    length = int.from_bytes(data[:8], "little")
+    header = data[8:8 + length]
+    if len(data) < 8 or len(header) != length or length > LONGEST_HEADER or not header.rstrip(b" ").endswith(b"}"):
+        raise CarrierFileError(f"{path} is not a safetensors file, or it is cut off; copy or save it again.")
+    try:
+        metadata = json.loads(header).get("__metadata__", {})
+        return load(data), dict(metadata)
+    except Exception as error:  # safetensors and json raise what they like on hostile bytes
+        raise CarrierFileError(f"{path} is damaged ({str(error)[:200]}); copy or save it again.") from error
+
+
+def is_own(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether this pack wrote it, even if damaged since."""
+    return any(k.startswith(OWN) for k in (*tensors, *metadata))
+
+
+def read_concept(path: Path) -> Concept:
+    """Reads a file of this pack. Raises: CarrierFileError for anything else, damaged or newer."""
+    return from_parts(*parse(read_bytes(path), path), path)
+
+
+def from_parts(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path) -> Concept:
+    """The concept in a parsed file of this pack. Raises: CarrierFileError."""
+    version = metadata.get(OWN + "format")
+    if not is_own(tensors, metadata) or version is None:
+        raise CarrierFileError(f"{path} was not written by this pack, or it is damaged.")
+    if version != VERSION:
+        raise CarrierFileError(f"{path} has format {version[:20]!r}, this version reads {VERSION}; update the pack.")
+    if metadata.get(OWN + "digest") != _digest(tensors, metadata):
+        raise CarrierFileError(f"{path} is damaged: its checksum does not match. Copy or save it again.")
+    try:
+        learned = {k.removeprefix(TOKENS): v if k.startswith(TOKENS) else v[None, None, None]
+                   for k, v in tensors.items() if not k.startswith(STATE)}
+        return Concept(metadata[OWN + "name"], metadata[OWN + "kind"], learned, json.loads(metadata[OWN + "info"]),
+                       {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)})
+    except (KeyError, CarrierError, json.JSONDecodeError) as error:
+        raise CarrierFileError(f"{path} is not a whole concept: {error}") from error

@@ -1,0 +1,86 @@
+"""Textual Inversion files of other programs, read without ever running what is in them."""
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from .concept import NAME, Concept
+from .errors import CarrierError, CarrierFileError
+from .files import LARGEST, from_parts, is_own, parse, read_bytes
+
+WIDTHS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g", 4096: "t5xxl"}
+"""Encoder keys (comfy/sd1_clip.py ``embedding_key``) by row width, for files that name none."""
+BUNDLE = re.compile(r"bundle_emb\.([^.]+)\.(.+)")
+
+
+def read_any(path: Path) -> Concept:
+    """A concept from a file of this pack, A1111 (.pt, SDXL too), diffusers, kohya, or a LoRA with a bundled embedding.
+
+    Pickled files are read with torch's weights-only loader, which builds tensors and nothing else.
+    Raises: CarrierFileError saying what is wrong with the file.
+    """
+    path = Path(path)
+    data = read_bytes(path)
+    if data[:2] == b"PK" or data[:1] == b"\x80":
+        return _foreign(_unpickled(data, path), path)
+    tensors, metadata = parse(data, path)
+    return from_parts(tensors, metadata, path) if is_own(tensors, metadata) else _foreign(tensors, path)
+
+
+def _unpickled(data: bytes, path: Path) -> Mapping:
+    try:
+        if data[:2] == b"PK":
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
+                    raise CarrierFileError("it unpacks to more than any embedding holds")
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile pickle may raise anything
+        raise CarrierFileError(f"{path} is not an embedding that can be loaded safely ({str(error).splitlines()[0][:200]}). "
+                               "Only tensors are read from .pt and .bin files.") from error
+    if not isinstance(content, Mapping):
+        raise CarrierFileError(f"{path} holds a {type(content).__name__}, not an embedding.")
+    return content
+
+
+def _foreign(content: Mapping, path: Path) -> Concept:
+    """Sorts the tensors of a foreign file by text encoder."""
+    name, note = None, {}
+    param = content.get("string_to_param")
+    bundled = {m[2]: v for k, v in content.items() if isinstance(k, str) and (m := BUNDLE.fullmatch(k))}
+    if isinstance(param, Mapping):
+        found, kind = dict(param), "A1111"
+        name = content.get("name")
+        note = {k: content[k] for k in ("step", "sd_checkpoint_name") if isinstance(content.get(k), (int, str))}
+    elif bundled:
+        names = {m[1] for k in content if (m := BUNDLE.fullmatch(k))}
+        if len(names) > 1:
+            raise CarrierFileError(f"{path} bundles several embeddings ({', '.join(sorted(names))}); save one of them to a file.")
+        found, kind, name = {k.removeprefix("string_to_param."): v for k, v in bundled.items()}, "bundle_emb", names.pop()
+    else:
+        found, kind = dict(content), "kohya" if "emb_params" in content else "diffusers"
+    rows = {k: v for k, v in found.items() if torch.is_tensor(v) and v.is_floating_point() and v.dim() in (1, 2) and v.numel()}
+    known = {k: v for k, v in rows.items() if k in WIDTHS.values()}
+    if not known:
+        if len(rows) != 1:
+            listed = ", ".join(f"{str(k)[:40]}" for k in list(found)[:6]) or "nothing"
+            raise CarrierFileError(f"{path} is not a Textual Inversion file: it holds {listed}.")
+        (label, value), = rows.items()
+        if value.shape[-1] not in WIDTHS:
+            raise CarrierFileError(f"{path} has vectors of width {value.shape[-1]}; known are "
+                                   f"{', '.join(f'{w} ({k})' for w, k in WIDTHS.items())}.")
+        known = {WIDTHS[value.shape[-1]]: value}
+        name = name or (label if label.startswith("<") else None)
+    try:
+        tensors = {k: v.reshape(1, 1, 1, -1, v.shape[-1]) for k, v in known.items()}
+        return Concept(_name(name or path.stem), "tokens", tensors, {"source": f"{kind} embedding", "file": path.name, **note})
+    except CarrierError as error:
+        raise CarrierFileError(f"{path}: {error}") from error
+
+
+def _name(text: object) -> str:
+    cleaned = re.sub(r"[^A-Za-z0-9_-]+", "_", str(text).strip("<>")).strip("_")[:64]
+    return cleaned if NAME.fullmatch(cleaned) else "concept"
