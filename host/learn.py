@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ import comfy.utils
 import torch
 
 from ..carriers.concept import Concept
-from ..carriers.errors import CarrierMismatch
+from ..carriers.errors import CarrierFileError, CarrierMismatch
 from ..carriers.files import write_concept
 from ..kernels.draws import generator, times
 from ..kernels.fit import Adam, Diverged, Sphere, fit
@@ -60,6 +61,8 @@ class Learned:
     previews: torch.Tensor
     """Estimates of one fixed noise along the way [k, c, h, w], as VAE latents."""
     saved: Path
+    trouble: str
+    """Why it is not on disk; empty when it is."""
     seconds: float
 
 
@@ -184,7 +187,8 @@ def learn_tokens(model, clip, data: ConceptSet, settings: TokenSettings, *, earl
     """Learns rows for ``<name>`` so that the model draws the pictures of ``data``.
 
     Neither model nor clip changes. The state is on disk every ``save_every`` steps, and after an interrupt or an error
-    the last finished step is; ``earlier`` continues from there, bit for bit on a CPU.
+    the last finished step is; ``earlier`` continues from there, bit for bit on a CPU. A disk that refuses is reported
+    in the result and never ends the learning.
     Raises: CarrierMismatch, Diverged, the host's OOM with advice, the host's interrupt, RuntimeError if nothing was learned.
     """
     began = time.monotonic()
@@ -212,22 +216,33 @@ def learn_tokens(model, clip, data: ConceptSet, settings: TokenSettings, *, earl
                     if shown:
                         previews.append(session.preview())
                     if save_every and done % save_every == 0:
-                        write_concept(session.concept(last, losses), file)
+                        keep(session.concept(last, losses), file)
                     progress.show(done, previews[-1] if shown else None)
         except BaseException as error:  # newer hosts raise interrupts outside Exception
             if len(losses) > len(session.past):
-                write_concept(session.concept(last, losses), file)
+                lost = keep(session.concept(last, losses), file)
                 if isinstance(error, Diverged):
-                    raise Diverged(f"{error} The state of step {len(losses)} is in {file.name} (output/concepts/autosave); "
-                                   "continue from it with a lower learning rate.") from error
+                    where = lost or f"It is in {file.name} (output/concepts/autosave)."
+                    raise Diverged(f"{error} The state of step {len(losses)} is good. {where} Continue from it with a lower "
+                                   "learning rate.") from error
             raise
         after = session.fixed_loss()
         concept = session.concept(last, losses, loss_before=before, loss_after=after)
         if all(torch.equal(session.rows[k], v) for k, v in session.start.items()):
             raise RuntimeError("Nothing was learned: the rows did not move. Raise the learning rate or the number of steps.")
-        write_concept(concept, file)
+        trouble = keep(concept, file)
         shown = session.denoiser.model.process_latent_out(torch.cat(previews)).cpu()
-    return Learned(concept, losses, before, after, shown, file, time.monotonic() - began)
+    return Learned(concept, losses, before, after, shown, file, trouble, time.monotonic() - began)
+
+
+def keep(concept: Concept, file: Path) -> str:
+    """Writes the autosave; returns why it could not, and logs it, instead of ending the run."""
+    try:
+        write_concept(concept, file)
+        return ""
+    except CarrierFileError as error:
+        logging.warning("concept-carriers: <%s> is not saved: %s", concept.name, error)
+        return str(error)
 
 
 def _short(settings: TokenSettings) -> str:

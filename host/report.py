@@ -16,7 +16,7 @@ def learned_text(done: Learned) -> str:
         f"<{done.concept.name}>: {info['steps']} steps in {done.seconds:.1f} s",
         f"loss on fixed noise: {done.before:.5f} before, {done.after:.5f} after ({change:+.1f}%)",
         f"mean norm of the vectors: {norms}",
-        f"saved: output/concepts/autosave/{done.saved.name}",
+        f"NOT SAVED: {done.trouble}" if done.trouble else f"saved: output/concepts/autosave/{done.saved.name}",
     ]
     if done.after >= done.before:
         lines.append("The loss did not fall: raise the learning rate or the steps, or check pictures and start word.")

@@ -17,6 +17,7 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
+import folder_paths
 import torch
 
 FILE = Path(__file__).resolve().parent.parent / "demo" / "toybox-unet.safetensors"
@@ -80,10 +81,10 @@ def build_model(latent: ToyLatent | None = None) -> comfy.model_patcher.ModelPat
     return comfy.model_patcher.ModelPatcher(model, comfy.model_management.get_torch_device(), offload)
 
 
-def build_clip() -> comfy.sd.CLIP:
-    """The text encoder with uninitialised weights."""
+def build_clip(embeddings: list[str] | None = None) -> comfy.sd.CLIP:
+    """The text encoder with uninitialised weights; ``embeddings``: folders for the stock ``embedding:name``."""
     target = comfy.supported_models_base.ClipTarget(ToyTokenizer, ToyClip)
-    return comfy.sd.CLIP(target, model_options={"clip_l_model_config": dict(TEXT), "dtype": torch.float32})
+    return comfy.sd.CLIP(target, embedding_directory=embeddings, model_options={"clip_l_model_config": dict(TEXT), "dtype": torch.float32})
 
 
 def build_vae(state: dict) -> comfy.sd.VAE:
@@ -111,6 +112,6 @@ def load(path: Path = FILE):
     table = initial_table()
     table[text.pop("token_ids").long()] = text[TABLE]
     text[TABLE] = table
-    clip = build_clip()
+    clip = build_clip(folder_paths.get_folder_paths("embeddings"))
     clip.cond_stage_model.clip_l.load_state_dict(text, strict=False)
     return model, clip, build_vae(part(state, {"first_stage_model.": ""}, filter_keys=True))

@@ -1,0 +1,32 @@
+"""The toy world in this process, loaded the way a node loads it."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def toy(host, tmp_path_factory):
+    """(MODEL, CLIP, VAE) as inference tensors; outputs and embeddings go to a folder of the run."""
+    import folder_paths
+
+    from concepts.host import folders, toybox
+    base = tmp_path_factory.mktemp("toy")
+    folder_paths.set_output_directory(str(base / "output"))
+    (base / "embeddings").mkdir()
+    folder_paths.folder_names_and_paths["embeddings"] = ([str(base / "embeddings")], {".safetensors", ".pt", ".bin"})
+    folders.register()
+    with torch.inference_mode():
+        return toybox.load()
+
+
+@pytest.fixture(scope="session")
+def mug_set(toy):
+    """Five pictures of a mug that no caption named, with masks and captions."""
+    from concepts.demo import world
+    from concepts.host.concept_set import make_set
+    from concepts.host.pictures import batch
+    scenes = world.references("cross-mug", 5, 0)
+    drawn = [world.render(s) for s in scenes]
+    with torch.inference_mode():
+        return make_set(toy[2], [batch([p for p, _ in drawn])], [batch([m for _, m in drawn])],
+                        [world.reference_caption(s, "{}") for s in scenes])

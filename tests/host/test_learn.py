@@ -1,0 +1,188 @@
+"""The learning loop on the toy world: exact continuation, interrupts, errors, and a host left as it was."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from concepts.carriers.errors import CarrierMismatch
+from concepts.carriers.files import read_concept
+from concepts.kernels.fit import Diverged
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+def settings(**changes):
+    from concepts.host.learn import TokenSettings
+    return replace(TokenSettings("mug", steps=4, vectors=2, init_text="mug", batch=2), **changes)
+
+
+def learn(toy, data, earlier=None, checkpointing="off", **changes):
+    """One run as a node does it, in inference mode."""
+    from concepts.host.learn import learn_tokens
+    with torch.inference_mode():
+        return learn_tokens(toy[0], toy[1], data, settings(**changes), earlier=earlier, preview_every=2, save_every=2,
+                            checkpointing=checkpointing)
+
+
+def weights(toy) -> dict[str, torch.Tensor]:
+    """Every weight and buffer of model and text encoder, copied."""
+    parts = {"model": toy[0].model, "clip": toy[1].cond_stage_model}
+    return {f"{n}.{k}": v.detach().clone() for n, part in parts.items()
+            for k, v in [*part.named_parameters(), *part.named_buffers()]}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def sampled(toy) -> torch.Tensor:
+    """What the stock sampler draws for a fixed prompt and seed."""
+    import comfy.sample
+    with torch.inference_mode():
+        cond = toy[1].encode_from_tokens_scheduled(toy[1].tokenize("a red mug on sand"))
+        noise = torch.randn(1, 12, 16, 16, generator=torch.Generator().manual_seed(7))
+        return comfy.sample.sample(toy[0], noise, 4, 2.0, "euler", "normal", cond, cond, torch.zeros_like(noise), seed=0, disable_pbar=True)
+
+
+@pytest.mark.parametrize("geometry", ["free", "fixed norm"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_continued_equals_one_run(toy, mug_set, geometry, accumulate, tmp_path):
+    from concepts.carriers.files import write_concept
+    whole = learn(toy, mug_set, steps=5, geometry=geometry, accumulate=accumulate)
+    first = learn(toy, mug_set, steps=3, geometry=geometry, accumulate=accumulate)
+    write_concept(first.concept, tmp_path / "first.safetensors")
+    rest = learn(toy, mug_set, earlier=read_concept(tmp_path / "first.safetensors"), steps=2, geometry=geometry, accumulate=accumulate)
+    assert same(whole.concept.tensors, rest.concept.tensors)
+    assert same(whole.concept.state, rest.concept.state)
+    assert whole.losses == rest.losses and len(whole.losses) == 5
+    assert whole.concept.info["steps"] == rest.concept.info["steps"] == 5
+
+
+def test_the_seed_decides_everything(toy, mug_set):
+    a, b, c = (learn(toy, mug_set, seed=s).concept for s in (3, 3, 4))
+    assert same(a.tensors, b.tensors) and not same(a.tensors, c.tensors)
+
+
+def test_checkpointing_changes_nothing(toy, mug_set):
+    plain, recomputed = learn(toy, mug_set), learn(toy, mug_set, checkpointing="on")
+    for key, value in plain.concept.tensors.items():
+        torch.testing.assert_close(value, recomputed.concept.tensors[key], rtol=1e-4, atol=1e-6)
+
+
+def test_interrupts_keep_the_concept_and_the_host(toy, mug_set, monkeypatch):
+    """At ten random steps: the file holds the steps done, the model is what it was, the next run equals a fresh one."""
+    import comfy.model_management as management
+
+    from concepts.host import learn as learning
+    before, picture, fresh = weights(toy), sampled(toy), learn(toy, mug_set, steps=12)
+    flags = [p.requires_grad for p in toy[0].model.parameters()]
+    show = learning.Progress.show
+    for stop in sorted(random.Random(5).sample(range(1, 12), 10)):
+        def pressed(self, done, latent=None, stop=stop):
+            if done == stop:
+                management.interrupt_current_processing()  # what the Cancel button does
+            show(self, done, latent)
+
+        monkeypatch.setattr(learning.Progress, "show", pressed)
+        with pytest.raises(management.InterruptProcessingException):
+            learn(toy, mug_set, steps=12)
+        monkeypatch.setattr(learning.Progress, "show", show)
+        kept = read_concept(fresh.saved)
+        assert kept.info["steps"] == stop
+        assert kept.state["losses"].tolist() == fresh.losses[:stop]
+        assert same(weights(toy), before) and torch.equal(sampled(toy), picture)
+        assert [p.requires_grad for p in toy[0].model.parameters()] == flags
+        assert not management.in_training
+    rest = learn(toy, mug_set, earlier=kept, steps=12 - stop)
+    again = learn(toy, mug_set, steps=12)
+    assert same(again.concept.tensors, fresh.concept.tensors) and same(rest.concept.tensors, fresh.concept.tensors)
+
+
+def test_learning_lowers_the_loss(toy, mug_set):
+    done = learn(toy, mug_set, steps=60, batch=4, learning_rate=0.02)
+    assert done.after < done.before
+    assert done.concept.info["loss_before"] == done.before
+    assert done.previews.shape[0] > 2 and torch.isfinite(done.previews).all()
+
+
+def test_a_diverging_run_keeps_the_last_good_state(toy, mug_set):
+    with pytest.raises(Diverged, match="lower learning rate") as error:
+        learn(toy, mug_set, steps=20, learning_rate=1e30)
+    from concepts.host import folders
+    name = next(w for w in str(error.value).split() if w.startswith("mug-"))
+    kept = read_concept(folders.output("autosave") / name)
+    assert 0 < kept.info["steps"] < 20
+
+
+def test_a_full_disk_does_not_end_the_learning(toy, mug_set, monkeypatch, tmp_path):
+    from concepts.host import learn as learning
+    from concepts.host.report import learned_text
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(learning.folders, "output", lambda *inner: tmp_path / "file")
+    done = learn(toy, mug_set)
+    assert len(done.losses) == 4 and done.trouble
+    assert "NOT SAVED" in learned_text(done)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"encoders": ("clip_g",)}, "clip_l"),
+    ({"time_low": 0.6, "time_high": 0.4}, "timestep range"),
+    ({"name": "a mug"}, "letters, digits"),
+    ({"init_text": ""}, "class word"),
+])
+def test_wrong_settings_say_what_to_do(toy, mug_set, changes, message):
+    with pytest.raises(ValueError, match=message):
+        learn(toy, mug_set, **changes)
+
+
+def test_continuing_another_shape_is_refused(toy, mug_set):
+    earlier = learn(toy, mug_set).concept
+    with pytest.raises(CarrierMismatch, match="number of vectors"):
+        learn(toy, mug_set, earlier=earlier, vectors=3)
+    with pytest.raises(ValueError, match="geometry"):
+        learn(toy, mug_set, earlier=earlier, geometry="fixed norm")
+
+
+def test_fixed_norm_keeps_the_norm(toy, mug_set):
+    done = learn(toy, mug_set, steps=6, geometry="fixed norm", learning_rate=0.05)
+    start = learn(toy, mug_set, steps=1, geometry="fixed norm", learning_rate=1e-7)
+    for key, value in done.concept.tensors.items():
+        torch.testing.assert_close(value.norm(dim=-1), start.concept.tensors[key].norm(dim=-1), rtol=1e-5, atol=0)
+        assert not torch.allclose(value, start.concept.tensors[key], atol=1e-3)
+
+
+def test_masked_loss_counts_the_masked_area_only(toy, mug_set):
+    whole, masked = learn(toy, mug_set), learn(toy, mug_set, masked_loss=True)
+    assert whole.before != masked.before
+    full = replace(mug_set, masks=tuple(torch.ones_like(m) for m in mug_set.masks))
+    everywhere = learn(toy, full, masked_loss=True)
+    assert everywhere.before == pytest.approx(whole.before, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_cycles(toy, mug_set):
+    """Learn, use, drop: resident memory after 200 cycles within 3% of that after 20."""
+    import gc
+
+    import psutil
+
+    from concepts.host.text import encode_prompt
+
+    def cycle(seed):
+        done = learn(toy, mug_set, steps=2, seed=seed, name=f"mug{seed}", vectors=1)
+        with torch.inference_mode():
+            encode_prompt(toy[1], f"a photo of <mug{seed}> on grass", [(done.concept, 1.0)])
+            sampled(toy)
+
+    def resident():
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    for seed in range(20):
+        cycle(seed)
+    start = resident()
+    for seed in range(20, 200):
+        cycle(seed)
+    assert resident() <= 1.03 * start
