@@ -1,0 +1,49 @@
+"""A concept in memory: validated, copied, an ordinary tensor whatever came in."""
+
+import pytest
+import torch
+
+from concepts.carriers.concept import Concept
+from concepts.carriers.errors import CarrierError
+
+
+def tokens(n=2, width=8):
+    return {"clip_l": torch.randn(1, 1, 1, n, width, generator=torch.Generator().manual_seed(0))}
+
+
+def test_tensors_are_ordinary_copies_in_fp32():
+    with torch.inference_mode():
+        given = torch.ones(1, 1, 1, 1, 4, dtype=torch.bfloat16)
+        made = Concept("mug", "tokens", {"clip_l": given}, state={"step": torch.tensor(3)})
+    value = made.tensors["clip_l"]
+    assert value.dtype == torch.float32 and not value.is_inference() and not made.state["step"].is_inference()
+    given = torch.ones(1, 1, 1, 1, 4)
+    made = Concept("mug", "tokens", {"clip_l": given})
+    given.zero_()
+    assert made.tensors["clip_l"].sum() == 4
+
+
+def test_facts_become_what_json_gives_back():
+    assert Concept("mug", "tokens", tokens(), {"range": (0, 1)}).info == {"range": [0, 1]}
+
+
+@pytest.mark.parametrize("name", ["", "a mug", "<mug>", "m" * 65, "m\u00fcg", None, "a/b"])
+def test_names(name):
+    with pytest.raises(CarrierError, match="letters, digits"):
+        Concept(name, "tokens", tokens())
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"kind": "lora"}, "does not know"), ({"tensors": {}}, "no vectors"), ({"tensors": {"clip_l": torch.zeros(2, 8)}}, "shape"),
+    ({"tensors": {"clip_l": torch.zeros(1, 1, 1, 0, 8)}}, "shape"), ({"tensors": {"a.b": torch.zeros(1, 1, 1, 1, 8)}}, "text encoder"),
+    ({"tensors": {"clip_l": torch.full((1, 1, 1, 1, 8), float("nan"))}}, "not finite"), ({"info": {"x": float("inf")}}, "JSON"),
+    ({"info": {"x": object()}}, "JSON"),
+])
+def test_what_is_not_a_concept_is_refused(changes, message):
+    with pytest.raises(CarrierError, match=message):
+        Concept(**{"name": "mug", "kind": "tokens", "tensors": tokens(), **changes})
+
+
+def test_summary_says_what_is_inside():
+    text = Concept("mug", "tokens", tokens(), {"loss_last": 0.25}, {"step": torch.tensor(3)}).summary()
+    assert all(part in text for part in ("<mug>", "2 vectors", "8 width", "mean norm", "loss_last: 0.25", "can continue"))

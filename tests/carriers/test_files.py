@@ -1,0 +1,196 @@
+"""Concept files: whole or not at all, read completely or refused with a sentence.
+
+The golden file was written once by ``write_concept(golden(), path, {"note": "golden"})``.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from concepts.carriers.concept import Concept
+from concepts.carriers.errors import CarrierFileError
+from concepts.carriers.files import parse, read_concept, write_concept, write_new
+from concepts.carriers.foreign import read_any
+
+GOLDEN = Path(__file__).parent / "golden_tokens_v1.safetensors"
+PREAMBLE = f"""
+import sys, types
+package = types.ModuleType("concepts"); package.__path__ = [{str(Path(__file__).resolve().parents[2])!r}]
+sys.modules["concepts"] = package
+import torch
+from concepts.carriers.concept import Concept
+from concepts.carriers.files import write_concept
+from pathlib import Path
+"""
+
+
+def golden() -> Concept:
+    rows = torch.arange(16, dtype=torch.float32).reshape(1, 1, 1, 2, 8) / 8
+    return Concept("mug", "tokens", {"clip_l": rows, "clip_g": -rows[..., :1, :]}, {"steps": 3, "seed": 2**64 - 1, "encoders": ["clip_l"]},
+                   {"first.clip_l": rows[0, 0, 0] + 1, "step": torch.tensor(3), "losses": torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64)})
+
+
+def layered() -> Concept:
+    rows = torch.randn(5, 3, 2, 1, 8, generator=torch.Generator().manual_seed(1))
+    return Concept("deep", "tokens", {"clip_l": rows})
+
+
+def same(a: Concept, b: Concept) -> bool:
+    def equal(x, y):
+        return x.keys() == y.keys() and all(v.dtype == y[k].dtype and torch.equal(v, y[k]) for k, v in x.items())
+    return (a.name, a.kind, a.info) == (b.name, b.kind, b.info) and equal(a.tensors, b.tensors) and equal(a.state, b.state)
+
+
+@pytest.mark.parametrize("made", [golden, layered])
+def test_round_trip(made, tmp_path):
+    write_concept(made(), tmp_path / "a.safetensors", {"prompt": json.dumps({"1": {}})})
+    assert same(read_concept(tmp_path / "a.safetensors"), made())
+    assert same(read_any(tmp_path / "a.safetensors"), made())
+    _, metadata = parse((tmp_path / "a.safetensors").read_bytes(), tmp_path)
+    assert metadata["prompt"] == '{"1": {}}' and metadata["modelspec.trigger_phrase"] == f"<{made().name}>"
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_golden_file_reads_for_ever_and_is_still_written(tmp_path):
+    assert same(read_concept(GOLDEN), golden())
+    write_concept(golden(), tmp_path / "new.safetensors", {"note": "golden"})
+    old, new = (parse(p.read_bytes(), p) for p in (GOLDEN, tmp_path / "new.safetensors"))
+    assert old[1] == new[1]  # the digest in it covers every tensor
+
+
+def test_the_stock_host_reads_plain_tokens(host, tmp_path):
+    from comfy.sd1_clip import load_embed
+    write_concept(golden(), tmp_path / "mug.safetensors")
+    for key, size in (("clip_l", 8), ("clip_g", 8)):
+        stock = load_embed("mug", [str(tmp_path)], size, key)
+        assert torch.equal(stock, golden().tensors[key][0, 0, 0])
+
+
+def mutations(data: bytes, count: int, seed: int):
+    """Seeded damage: flipped bytes, cut ends, lost, doubled and swapped blocks, wrong header lengths, changed keys."""
+    draw = random.Random(seed)
+    size, header = len(data), 8 + int.from_bytes(data[:8], "little")
+    for number in range(count):
+        at, span = draw.randrange(size), draw.randrange(1, 64)
+        kind = number % 8
+        if kind in (0, 1):
+            place = draw.randrange(header) if kind else at
+            yield data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1:]
+        elif kind == 2:
+            yield data[:at]
+        elif kind == 3:
+            yield data[:at] + data[at + span:]
+        elif kind == 4:
+            yield data[:at] + data[at:at + span] + data[at:]
+        elif kind == 5:
+            other = draw.randrange(header, size - span)
+            first = draw.randrange(header, size - span)
+            low, high = sorted((first, other))
+            yield data[:low] + data[high:high + 8] + data[low + 8:high] + data[low:low + 8] + data[high + 8:]
+        elif kind == 6:
+            yield draw.choice([draw.randrange(2**63), draw.randrange(header * 2)]).to_bytes(8, "little") + data[8:]
+        else:
+            word = draw.choice([b"concepts.format", b"concepts.digest", b"__metadata__", b"clip_l", b"concepts.kind", b"tokens", b"F32", b"data_offsets"])
+            yield data.replace(word, word[:-1] + bytes([draw.randrange(33, 126)]), 1)
+
+
+@pytest.mark.parametrize("made", [golden, layered])
+def test_damaged_files_are_refused_with_a_sentence(made, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_concept(made(), path, {"prompt": "{}"})
+    whole, untouched = path.read_bytes(), 0
+    for damaged in mutations(whole, 1000, seed=len(whole)):
+        path.write_bytes(damaged)
+        for read in (read_concept, read_any):
+            try:
+                assert same(read(path), made()), "a damaged file was read as another concept"
+                untouched += damaged != whole
+            except CarrierFileError as error:
+                assert path.name in str(error) and len(str(error)) > 40 and str(error).rstrip(")'\"").endswith((".", "}"))
+    assert untouched < 10
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\0" * 8, b"\xff" * 64, b"\x08\0\0\0\0\0\0\0{}      "])
+def test_what_is_no_safetensors_file_is_refused(content, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    for read in (read_concept, read_any):
+        with pytest.raises(CarrierFileError, match=path.name):
+            read(path)
+    with pytest.raises(CarrierFileError, match="cannot be read"):
+        read_any(tmp_path / "missing.safetensors")
+    with pytest.raises(CarrierFileError, match="cannot be read"):
+        read_any(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file size limits")
+def test_a_full_disk_leaves_the_older_file(tmp_path):
+    """The kernel refuses the write itself, as a full disk does."""
+    path = tmp_path / "a.safetensors"
+    write_concept(golden(), path)
+    code = PREAMBLE + f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+write_concept(Concept("other", "tokens", {{"clip_l": torch.ones(1, 1, 1, 4, 64)}}), Path({str(path)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "CarrierFileError" in done.stderr and "unharmed" in done.stderr
+    assert same(read_concept(path), golden()) and os.listdir(tmp_path) == [path.name]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_a_killed_writer_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    code = PREAMBLE + f"""
+print("ready", flush=True)
+for number in range(10**6):
+    write_concept(Concept(f"n{{number}}", "tokens", {{"clip_l": torch.full((1, 1, 1, 8, 4096), float(number))}}), Path({str(path)!r}))
+"""
+    draw = random.Random(0)
+    for _ in range(4):
+        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        writer.stdout.readline()
+        time.sleep(0.05 + 0.2 * draw.random())
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        if path.exists():
+            kept = read_concept(path)
+            assert kept.tensors["clip_l"].unique().tolist() == [float(kept.name[1:])]
+
+
+def _write(folder: str) -> str:
+    return str(write_new(golden(), Path(folder), "mug"))
+
+
+def test_new_files_never_replace(tmp_path):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        written = pool.map(_write, [str(tmp_path)] * 8)
+    assert len(set(written)) == 8 == len(os.listdir(tmp_path))
+    assert all(same(read_concept(Path(p)), golden()) for p in written)
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("mug", "mug"), ("mug.safetensors", "mug"), ("../../mug", "_.._mug"), ("a/b\\c:d", "a_b_c_d"), ("CON", "_CON"), ("nul.x", "_nul.x"),
+    ("", "_"), ("...", "_"), ("m\u00fcg", "m_g"), ("x" * 300, "x" * 100), (" a b. ", "a b"), ("\0\n", "__")])
+def test_file_names_stay_in_their_folder(name, expected, tmp_path):
+    path = write_new(golden(), tmp_path / "sub", name)
+    assert path == tmp_path / "sub" / f"{expected}.safetensors" and path.is_file()

@@ -1,0 +1,121 @@
+"""Foreign embeddings: the same rows as the stock host reads from the same file, and never any code."""
+
+import os
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from concepts.carriers.errors import CarrierFileError
+from concepts.carriers.foreign import read_any
+
+from .test_files import mutations
+
+
+def rows(n=2, width=768, dtype=torch.float32):
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+
+
+FILES = {
+    "a1111.pt": {"string_to_token": {"*": 265}, "string_to_param": {"*": rows()}, "name": "my mug!", "step": 500, "sd_checkpoint_name": "v1-5"},
+    "a1111_sdxl.pt": {"clip_l": rows(), "clip_g": rows(width=1280)},
+    "diffusers.bin": {"<cat-toy>": rows(1)[0]},
+    "diffusers.safetensors": {"<cat-toy>": rows(3)},
+    "kohya.safetensors": {"emb_params": rows(4, dtype=torch.float16)},
+    "kohya_sdxl.safetensors": {"clip_g": rows(width=1280, dtype=torch.bfloat16), "clip_l": rows(dtype=torch.bfloat16)},
+    "flux.safetensors": {"t5xxl": rows(width=4096), "clip_l": rows()},
+    "sd2.safetensors": {"emb_params": rows(width=1024)},
+}
+WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280, "t5xxl": 4096}
+
+
+def store(content, path):
+    save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_equals_what_the_stock_host_reads(file, host, tmp_path):
+    from comfy.sd1_clip import load_embed
+    path = store(FILES[file], tmp_path / file)
+    concept = read_any(path)
+    assert concept.info["source"]
+    for key, value in concept.tensors.items():
+        stock = load_embed(path.name, [str(tmp_path)], WIDTHS[key], key)
+        assert torch.equal(value[0, 0, 0], stock.reshape(-1, WIDTHS[key]).float())
+
+
+@pytest.mark.parametrize("file, name, keys", [
+    ("a1111.pt", "my_mug", ["clip_l"]), ("diffusers.bin", "cat-toy", ["clip_l"]), ("kohya.safetensors", "kohya", ["clip_l"]),
+    ("kohya_sdxl.safetensors", "kohya_sdxl", ["clip_g", "clip_l"]), ("sd2.safetensors", "sd2", ["clip_h"])])
+def test_names_and_encoders(file, name, keys, tmp_path):
+    concept = read_any(store(FILES[file], tmp_path / file))
+    assert concept.name == name and sorted(concept.tensors) == keys
+
+
+def test_a_lora_with_a_bundled_embedding(tmp_path):
+    path = store({"lora_unet_x.lora_up.weight": torch.zeros(4, 4), "bundle_emb.mug.string_to_param.*": rows()}, tmp_path / "lora.safetensors")
+    concept = read_any(path)
+    assert concept.name == "mug" and torch.equal(concept.tensors["clip_l"][0, 0, 0], rows())
+    path = store({"bundle_emb.a.clip_l": rows(), "bundle_emb.b.clip_l": rows()}, tmp_path / "two.safetensors")
+    with pytest.raises(CarrierFileError, match="several embeddings"):
+        read_any(path)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"x": torch.zeros(1, 77)}, "width 77"), ({"a.lora_up": torch.zeros(4, 4), "a.lora_down": torch.zeros(4, 4)}, "not a Textual Inversion file"),
+    ({"model.weight": torch.zeros(2, 2, 2)}, "not a Textual Inversion file"), ({"clip_l": torch.full((1, 768), float("inf"))}, "not finite")])
+def test_other_files_are_refused(content, message, tmp_path):
+    with pytest.raises(CarrierFileError, match=message):
+        read_any(store(content, tmp_path / "x.safetensors"))
+
+
+class Hostile:
+    """Its pickle would make a folder when loaded."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_never_run(zipped, tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "evil.pt"
+    torch.save({"string_to_param": {"*": rows()}, "x": Hostile(marker)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CarrierFileError, match="loaded safely"):
+        read_any(path)
+    path.write_bytes(pickle.dumps(Hostile(marker)))
+    with pytest.raises(CarrierFileError, match="loaded safely"):
+        read_any(path)
+    assert not marker.exists()
+
+
+def test_a_zip_bomb_is_refused(tmp_path):
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("archive/data/0", "w", force_zip64=True) as entry:
+            for _ in range(1100):
+                entry.write(bytes(1 << 20))
+    with pytest.raises(CarrierFileError, match="more than any embedding"):
+        read_any(path)
+
+
+@pytest.mark.parametrize("file", ["a1111.pt", "kohya.safetensors"])
+def test_damage_is_a_typed_error_or_a_valid_concept(file, tmp_path):
+    """Foreign files carry no checksum, so damaged numbers cannot be told; nothing worse may happen."""
+    path = store(FILES[file], tmp_path / file)
+    whole = path.read_bytes()
+    draw = random.Random(1)
+    damaged = list(mutations(whole, 300, 2)) if file.endswith("s") else [
+        whole[:i] + bytes([draw.randrange(256)]) + whole[i + 1:] for i in (draw.randrange(len(whole)) for _ in range(300))]
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            read_any(path)
+        except CarrierFileError as error:
+            assert path.name in str(error)

@@ -1,0 +1,131 @@
+"""Prompts with concepts: equal to the stock encoder where nothing is learned, and to a stock embedding where it is."""
+
+import pytest
+import torch
+
+from concepts.carriers.concept import Concept
+from concepts.carriers.errors import CarrierMismatch
+from concepts.carriers.files import write_concept
+
+from .tiny import FAMILIES, clip
+
+pytestmark = pytest.mark.usefixtures("host")
+PLAIN = ["", "a red mug on sand", "a (red:1.3) mug, ((large))", "a mug " * 60, r"a \(red\) mug", "embedding:nothing-here on sand",
+         "a < b > c, <>, < mug >"]
+
+
+def rows(encoders, n=2, seed=0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {e.key: torch.randn(1, 1, 1, n, e.width, generator=g) for e in encoders}
+
+
+def concept(clip, name="mug", n=2, seed=0, **info) -> Concept:
+    from concepts.host.text import encoders
+    return Concept(name, "tokens", rows(encoders(clip), n, seed), {"init_text": "mug", **info})
+
+
+def stock(clip, text):
+    with torch.inference_mode():
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def ours(clip, text, *concepts):
+    from concepts.host.text import encode_prompt
+    with torch.inference_mode():
+        return encode_prompt(clip, text, [c if isinstance(c, tuple) else (c, 1.0) for c in concepts])
+
+
+def equal(a, b) -> bool:
+    pairs = [(x, y) for (x, p), (y, q) in zip(a, b, strict=True) for x, y in [(x, y), (p.get("pooled_output"), q.get("pooled_output"))]]
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, host):
+    with torch.inference_mode():
+        return clip(request.param)
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_without_a_concept_it_is_the_stock_encoder(family, text):
+    assert equal(ours(family, text), stock(family, text))
+    assert equal(ours(family, text, concept(family)), stock(family, text))
+
+
+def test_equals_the_stock_embedding_of_the_saved_file(family, tmp_path):
+    """The file alone, through stock nodes only, gives the same conditioning."""
+    learned = concept(family)
+    write_concept(learned, tmp_path / "learned.safetensors", {"prompt": "{}"})
+    for tokenizer in vars(family.tokenizer).values():
+        if hasattr(tokenizer, "embedding_directory"):
+            tokenizer.embedding_directory = [str(tmp_path)]
+    pairs = [("a photo of <mug> on sand", "a photo of embedding:learned on sand"), ("<mug>", "embedding:learned"),
+             ("a (<mug>:1.3) and (red <mug>)", "a (embedding:learned:1.3) and (red embedding:learned)"),
+             ("<mug>, on sand", "embedding:learned , on sand"), ("word " * 80 + "<mug>", "word " * 80 + "embedding:learned")]
+    for mine, theirs in pairs:
+        result = ours(family, mine, learned)
+        assert equal(result, stock(family, theirs)), mine
+        assert not equal(result, stock(family, mine.replace("<mug>", "mug"))), mine
+
+
+def test_strength_0_is_the_plain_word_and_1_the_concept(family):
+    learned = concept(family)
+    text, plain = "a photo of <mug> on sand", stock(family, "a photo of mug on sand")
+    assert equal(ours(family, text, (learned, 0.0)), plain)
+    assert not equal(ours(family, text, (learned, 0.5)), plain)
+    assert not equal(ours(family, text, (learned, 0.5)), ours(family, text, learned))
+
+
+def test_the_clip_stays_as_it_is(family):
+    tokenizers = dict(vars(family.tokenizer))
+    before = stock(family, "a red mug")
+    ours(family, "a <mug>", concept(family))
+    assert vars(family.tokenizer) == tokenizers and equal(stock(family, "a red mug"), before)
+
+
+def test_two_concepts_keep_their_places(toy):
+    a, b = concept(toy[1], "one", seed=1), concept(toy[1], "two", seed=2)
+    both = ours(toy[1], "<one> and <two>", a, b)
+    assert equal(both, ours(toy[1], "<one> and <two>", b, a))
+    assert not equal(both, ours(toy[1], "<two> and <one>", a, b))
+
+
+def test_names_are_checked(toy):
+    one = concept(toy[1], "one")
+    with pytest.raises(ValueError, match=r"<other>.*connected concepts are: <one>"):
+        ours(toy[1], "<other> on sand", one)
+    with pytest.raises(ValueError, match="connected concepts are: none"):
+        ours(toy[1], "<other> on sand")
+    with pytest.raises(ValueError, match="rename"):
+        ours(toy[1], "<one>", one, one)
+
+
+def test_a_concept_of_another_model_is_refused(toy):
+    wide = Concept("mug", "tokens", {"clip_l": torch.zeros(1, 1, 1, 1, 768)})
+    with pytest.raises(CarrierMismatch, match=r"768.*64"):
+        ours(toy[1], "<mug>", wide)
+    with pytest.raises(CarrierMismatch, match="clip_g.*clip_l"):
+        ours(toy[1], "<mug>", Concept("mug", "tokens", {"clip_g": torch.zeros(1, 1, 1, 1, 1280)}))
+    with pytest.raises(CarrierMismatch, match="plain tokens only"):
+        ours(toy[1], "<mug>", Concept("mug", "tokens", {"clip_l": torch.zeros(5, 1, 2, 1, 64)}))
+
+
+@pytest.mark.parametrize("init", ["word", "text", "random"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_start_rows(toy, init, count):
+    from concepts.host.text import encoders, start_rows
+    encoder, = encoders(toy[1])
+    start = start_rows(encoder, init, "a red mug", count, torch.Generator().manual_seed(0))
+    assert start.shape == (count, 64) and start.dtype == torch.float32
+    assert len(start.unique(dim=0)) == count
+    if init != "random" and (init, count) != ("text", 2):  # three words over two vectors: one is a mean of two
+        words = encoder.rows("a red mug")
+        near = words.mean(0, keepdim=True) if init == "word" or count == 1 else words
+        assert all(float((near - row).norm(dim=-1).min()) < 0.6 * float(row.norm()) for row in start)
+
+
+def test_every_family_lists_its_encoders(host):
+    from concepts.host.text import encoders
+    keys = {f: [e.key for e in encoders(clip(f))] for f in FAMILIES}
+    assert keys["sd15"] == ["clip_l"] and set(keys["sdxl"]) == {"clip_l", "clip_g"} and set(keys["flux"]) == {"clip_l", "t5xxl"}
+    assert len(keys["sd2"]) == 1 and set(keys["sd3"]) >= {"clip_l", "clip_g"}
