@@ -5,11 +5,12 @@ from pathlib import Path
 import folder_paths
 
 KIND = "concepts"
+EXAMPLES = Path(__file__).resolve().parent.parent / "demo" / "concepts"
 
 
 def register() -> None:
-    """Makes ``models/concepts`` and ``output/concepts`` known to the host, for .safetensors and foreign files."""
-    places = [str(Path(folder_paths.models_dir) / KIND), str(Path(folder_paths.get_output_directory()) / KIND)]
+    """Makes ``models/concepts``, ``output/concepts`` and the pack's examples known to the host."""
+    places = [str(Path(folder_paths.models_dir) / KIND), str(Path(folder_paths.get_output_directory()) / KIND), str(EXAMPLES)]
     known = folder_paths.folder_names_and_paths.get(KIND, ([], set()))[0]
     extensions = {".safetensors", ".pt", ".bin"}
     folder_paths.folder_names_and_paths[KIND] = ([*dict.fromkeys([*known, *places])], extensions)

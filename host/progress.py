@@ -11,7 +11,7 @@ class Progress:
 
     def __init__(self, total: int, patcher=None):
         self.total, self.bar = total, comfy.utils.ProgressBar(total)
-        self.previewer = patcher and latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
+        self.previewer = patcher and _previewer(patcher)
 
     def show(self, done: int, latent: torch.Tensor | None = None) -> None:
         """Advances to ``done``, with a picture of a model-space latent [1, c, h, w] where previews are on.
@@ -23,3 +23,13 @@ class Progress:
             picture = self.previewer.decode_latent_to_preview_image("JPEG", latent.detach())
         self.bar.update_absolute(done, self.total, picture)
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def _previewer(patcher):
+    """The user's choice of preview; the plain colour estimate where sampling previews are off, which is the default."""
+    form = patcher.model.latent_format
+    chosen = latent_preview.get_previewer(patcher.load_device, form)
+    if chosen is None and form.latent_rgb_factors is not None:
+        return latent_preview.Latent2RGBPreviewer(form.latent_rgb_factors, form.latent_rgb_factors_bias,
+                                                  form.latent_rgb_factors_reshape)
+    return chosen

@@ -1,0 +1,1 @@
+"""The templates in the real web page: ``nox -s screenshots``."""

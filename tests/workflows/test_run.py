@@ -1,0 +1,150 @@
+"""The API graphs and the nodes in them, run by a real headless ComfyUI over its own HTTP and websocket."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from concepts.carriers.files import parse, read_concept
+
+API = Path(__file__).resolve().parents[2] / "workflows" / "api"
+
+
+def graph(which: str, /, **learner) -> dict:
+    """A graph of the pack; ``learner`` changes the inputs of its learning node."""
+    made = json.loads(next(API.glob(f"{which}*.json")).read_text())
+    for node in made.values():
+        if node["class_type"] == "ConceptLearnTokens":
+            node["inputs"] |= learner
+    return made
+
+
+def keys(made: dict, kind: str) -> list[str]:
+    return [k for k, n in made.items() if n["class_type"] == kind]
+
+
+def run(client, made: dict, **kwargs) -> dict:
+    result = client.queue(made, **kwargs)
+    assert result["status"] == "success", result["error"]
+    return result
+
+
+def pixels(client, result, key) -> np.ndarray:
+    return np.asarray(client.image(result["outputs"][key]["images"][0]))
+
+
+def learning(called: str, /, **changes) -> dict:
+    """The learning half of the first graph, alone."""
+    made = graph("1_", **{"steps": 6, "preview_every": 2, "save_every": 0, "name": called, **changes})
+    return {k: made[k] for k in ("1", "2", "3", "4", "8", "10")}
+
+
+def test_learn_and_use(client, server):
+    made = graph("1_", steps=8, preview_every=2)
+    result = run(client, made)
+    learner = keys(made, "ConceptLearnTokens")[0]
+    shown = [e["data"]["value"] for e in result["events"] if e["type"] == "progress" and str(e["data"]["node"]) == learner]
+    assert shown == list(range(1, 9))
+    assert len(result["previews"]) >= 4
+    text = result["outputs"][learner]["text"][0]
+    assert "8 steps" in text and "before" in text and "saved: output/concepts/autosave/novel-" in text
+    for key in keys(made, "SaveImage"):
+        assert pixels(client, result, key).shape == (128, 128, 3)
+    saved = result["outputs"][keys(made, "ConceptSaveCarrier")[0]]["text"][0].split()[-1]
+    file = server.folder("output") / saved
+    assert read_concept(file).info["steps"] == 8
+    assert json.loads(parse(file.read_bytes(), file)[1]["prompt"]).keys() == made.keys()
+
+
+def test_use_a_saved_concept(client):
+    made = graph("2_")
+    result = run(client, made)
+    assert "<cross-mug>" in result["outputs"][keys(made, "ConceptInspectCarrier")[0]]["text"][0]
+    a, b = (pixels(client, result, k) for k in keys(made, "SaveImage"))
+    assert (a != b).any()
+
+
+def test_a_saved_file_is_a_stock_embedding(client):
+    """The same picture from Concept Prompt and from stock nodes with embedding:name."""
+    made = learning("stocked")
+    made["10"]["inputs"] |= {"folder": "embeddings", "filename": "stocked"}
+    rest = graph("1_")
+    for key in ("11", "12", "13", "14", "15", "16"):
+        made[key] = rest[key]
+    made["13"]["inputs"]["text"] = "a big <stocked> on sand"
+    first = run(client, made)
+    assert first["outputs"]["10"]["text"][0] == "saved embeddings/stocked.safetensors"
+    stock = {k: copy.deepcopy(made[k]) for k in ("1", "11", "12", "14", "15", "16")}
+    stock["13"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a big embedding:stocked on sand"}}
+    assert (pixels(client, first, "16") == pixels(client, run(client, stock), "16")).all()
+
+
+def test_plain_prompts_draw_the_same_picture(client):
+    made = {k: v for k, v in graph("2_").items() if k in ("1", "2", "11", "12", "13", "14", "15", "16")}
+    made["13"]["inputs"]["text"] = "a big (red:1.2) mug, sand background"
+    ours = run(client, made)
+    del made["2"]
+    made["13"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": made["13"]["inputs"]["text"]}}
+    assert (pixels(client, ours, "16") == pixels(client, run(client, made), "16")).all()
+
+
+def test_cancel_keeps_the_concept_and_the_next_run_is_fresh(client, server):
+    made, pressed = learning("cancelled", seed=5), []
+    made["4"]["inputs"]["steps"] = 4000
+
+    def cancel(event):
+        if event["type"] == "progress" and event["data"]["value"] >= 3 and not pressed:
+            pressed.append(event["data"]["value"])
+            client.interrupt()
+
+    assert client.queue(made, on_event=cancel)["status"] == "interrupted"
+    kept, = (server.folder("output") / "concepts" / "autosave").glob("cancelled-*.safetensors")
+    partial = read_concept(kept)
+    assert pressed[0] <= partial.info["steps"] < 4000
+    again = learning("again", seed=5)
+    again["4"]["inputs"] |= {"steps": partial.info["steps"], "name": "cancelled"}
+    saved = run(client, again)["outputs"]["10"]["text"][0].split()[-1]
+    fresh = read_concept(server.folder("output") / saved)
+    assert all((fresh.tensors[k] == v).all() for k, v in partial.tensors.items())
+
+
+def test_continue_from_a_loaded_concept(client, server):
+    run(client, learning("onward"))
+    made = learning("onward", continue_from=["20", 0], save_every=1)
+    made["20"] = {"class_type": "ConceptLoadCarrier", "inputs": {"file": "concepts/onward.safetensors", "name": ""}}
+    saved = run(client, made)["outputs"]["10"]["text"][0].split()[-1]
+    assert saved == "concepts/onward_2.safetensors"
+    assert read_concept(server.folder("output") / saved).info["steps"] == 12
+
+
+def test_the_stock_loss_graph_takes_the_losses(client):
+    made = learning("graphed")
+    made["21"] = {"class_type": "LossGraphNode", "inputs": {"loss": ["4", 2], "filename_prefix": "loss"}}
+    assert run(client, made)["outputs"]["21"]["images"]
+
+
+@pytest.mark.parametrize("file", ["concepts/../../secret", "concepts//etc/passwd", "elsewhere/x.safetensors", "concepts/gone.safetensors"])
+def test_files_outside_the_list_are_refused(client, file):
+    made = {k: v for k, v in graph("2_").items() if k in ("1", "2", "3", "4")}
+    made["2"]["inputs"]["file"] = file
+    result = client.queue(made)
+    assert result["status"] == "invalid" and "2" in result["error"]["node_errors"]
+
+
+def test_an_unknown_name_says_what_is_connected(client):
+    made = graph("2_")
+    made["13"]["inputs"]["text"] = "a <typo> on sand"
+    result = client.queue(made)
+    assert result["status"] == "error"
+    assert "<typo>" in result["error"]["exception_message"] and "<cross-mug>" in result["error"]["exception_message"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"init_text": ""}, "class word"), ({"use_clip_l": False}, "clip_l"), ({"timestep_low": 0.9, "timestep_high": 0.1}, "timestep range"),
+    ({"name": "two words"}, "letters, digits")])
+def test_wrong_inputs_of_the_learner_say_what_to_do(client, change, message):
+    result = client.queue(learning("wrong", **change))
+    assert result["status"] in ("error", "invalid")
+    assert message in json.dumps(result["error"])
