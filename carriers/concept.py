@@ -28,7 +28,7 @@ class Concept:
     kind: str
     """One of ``KINDS``."""
     tensors: Mapping[str, torch.Tensor]
-    """For ``tokens``: rows of the text encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32."""
+    """For ``tokens``: rows of the encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """JSON facts: settings, losses, base model."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -36,27 +36,39 @@ class Concept:
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
-            raise CarrierError(f"{str(self.name)[:80]!r} cannot be a concept's name; use 1 to 64 letters, digits, - or _.")
+            raise CarrierError(
+                f"{str(self.name)[:80]!r} cannot be a concept's name; use 1 to 64 letters, digits, - or _."
+            )
         if self.kind not in KINDS:
-            raise CarrierError(f"Concept <{self.name}> is of kind {str(self.kind)[:80]!r}, which this version does not know "
-                               f"({', '.join(KINDS)}); update the pack.")
+            raise CarrierError(
+                f"Concept <{self.name}> is of kind {str(self.kind)[:80]!r}, which this version does not know "
+                f"({', '.join(KINDS)}); update the pack."
+            )
         try:
             info = json.loads(json.dumps(dict(self.info), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise CarrierError(f"The facts about concept <{self.name}> cannot be written as JSON: {error}.") from error
         tensors = {k: _own(v, torch.float32) for k, v in self.tensors.items()}
         KINDS[self.kind](self.name, tensors)
-        for name, value in (("tensors", tensors), ("info", info), ("state", {k: _own(v) for k, v in self.state.items()})):
+        for name, value in (
+            ("tensors", tensors),
+            ("info", info),
+            ("state", {k: _own(v) for k, v in self.state.items()}),
+        ):
             object.__setattr__(self, name, value)
 
     def summary(self) -> str:
         """What it holds and how it was learned, in a few lines."""
         lines = [f"<{self.name}>: {self.kind}"]
         for key, value in self.tensors.items():
-            shape = ", ".join(f"{n} {axis}" for n, axis in zip(value.shape, AXES, strict=True) if n > 1 or axis in AXES[3:])
+            shape = ", ".join(
+                f"{n} {axis}" for n, axis in zip(value.shape, AXES, strict=True) if n > 1 or axis in AXES[3:]
+            )
             lines.append(f"{key}: {shape}; mean norm {float(value.norm(dim=-1).mean()):.3f}")
         lines += [f"{key}: {value}" for key, value in sorted(self.info.items())]
-        lines.append("training state: " + (f"{len(self.state)} tensors, learning can continue" if self.state else "none"))
+        lines.append(
+            "training state: " + (f"{len(self.state)} tensors, learning can continue" if self.state else "none")
+        )
         return "\n".join(lines)
 
 
@@ -75,7 +87,9 @@ def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         if value.dim() != len(AXES) or not value.numel():
             raise CarrierError(f"Concept <{name}>: {key} has shape {tuple(value.shape)}, expected ({', '.join(AXES)}).")
         if not bool(torch.isfinite(value).all()):
-            raise CarrierError(f"Concept <{name}>: {key} holds numbers that are not finite; learn it again with a lower learning rate.")
+            raise CarrierError(
+                f"Concept <{name}>: {key} holds numbers that are not finite; learn it again with a lower learning rate."
+            )
 
 
 KINDS = {"tokens": _check_tokens}

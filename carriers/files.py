@@ -32,15 +32,22 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
     ``notes``: extra metadata, such as prompt and workflow as JSON.
     Raises: CarrierFileError when the disk refuses, naming the file.
     """
-    tensors = {k if v.shape[:3] == (1, 1, 1) else TOKENS + k: v[0, 0, 0] if v.shape[:3] == (1, 1, 1) else v
-               for k, v in concept.tensors.items()}
+    tensors = {
+        k if v.shape[:3] == (1, 1, 1) else TOKENS + k: v[0, 0, 0] if v.shape[:3] == (1, 1, 1) else v
+        for k, v in concept.tensors.items()
+    }
     tensors |= {STATE + k: v for k, v in concept.state.items()}
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     metadata = {
-        **(notes or {}), OWN + "format": VERSION, OWN + "kind": concept.kind, OWN + "name": concept.name,
-        OWN + "info": json.dumps(concept.info, sort_keys=True), "modelspec.sai_model_spec": "1.0.1",
+        **(notes or {}),
+        OWN + "format": VERSION,
+        OWN + "kind": concept.kind,
+        OWN + "name": concept.name,
+        OWN + "info": json.dumps(concept.info, sort_keys=True),
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{concept.info.get('architecture', 'unknown')}/textual-inversion",
-        "modelspec.implementation": "concept-carriers", "modelspec.title": concept.name,
+        "modelspec.implementation": "concept-carriers",
+        "modelspec.title": concept.name,
         "modelspec.trigger_phrase": f"<{concept.name}>",
     }
     metadata[OWN + "digest"] = _digest(tensors, metadata)
@@ -48,7 +55,9 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    total = hashlib.sha256(json.dumps({k: v for k, v in metadata.items() if k != OWN + "digest"}, sort_keys=True).encode())
+    total = hashlib.sha256(
+        json.dumps({k: v for k, v in metadata.items() if k != OWN + "digest"}, sort_keys=True).encode()
+    )
     for key, value in sorted(tensors.items()):
         total.update(f"\0{key}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         total.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
@@ -75,8 +84,10 @@ def _replace(path: Path, data: bytes) -> None:
                 os.close(folder)
     except OSError as error:
         old = " The older file there is unharmed." if path.is_file() and path.stat().st_size else ""
-        raise CarrierFileError(f"{path} could not be written ({error.strerror or error}); free some space or choose another "
-                               f"folder, then save again.{old}") from error
+        raise CarrierFileError(
+            f"{path} could not be written ({error.strerror or error}); free some space or choose another "
+            f"folder, then save again.{old}"
+        ) from error
 
 
 def write_new(concept: Concept, folder: Path, name: str, notes: Mapping[str, str] | None = None) -> Path:
@@ -96,7 +107,9 @@ def write_new(concept: Concept, folder: Path, name: str, notes: Mapping[str, str
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise CarrierFileError(f"{path} could not be written ({error.strerror or error}); choose another folder.") from error
+            raise CarrierFileError(
+                f"{path} could not be written ({error.strerror or error}); choose another folder."
+            ) from error
     try:
         write_concept(concept, path, notes)
     except BaseException:
@@ -119,7 +132,7 @@ def read_bytes(path: Path) -> bytes:
 def parse(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. Raises: CarrierFileError."""
     length = int.from_bytes(data[:8], "little")
-    header = data[8:8 + length]
+    header = data[8 : 8 + length]
     if len(data) < 8 or len(header) != length or length > LONGEST_HEADER or not header.rstrip(b" ").endswith(b"}"):
         raise CarrierFileError(f"{path} is not a safetensors file, or it is cut off; copy or save it again.")
     try:
@@ -149,9 +162,17 @@ def from_parts(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
     if metadata.get(OWN + "digest") != _digest(tensors, metadata):
         raise CarrierFileError(f"{path} is damaged: its checksum does not match. Copy or save it again.")
     try:
-        learned = {k.removeprefix(TOKENS): v if k.startswith(TOKENS) else v[None, None, None]
-                   for k, v in tensors.items() if not k.startswith(STATE)}
-        return Concept(metadata[OWN + "name"], metadata[OWN + "kind"], learned, json.loads(metadata[OWN + "info"]),
-                       {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)})
+        learned = {
+            k.removeprefix(TOKENS): v if k.startswith(TOKENS) else v[None, None, None]
+            for k, v in tensors.items()
+            if not k.startswith(STATE)
+        }
+        return Concept(
+            metadata[OWN + "name"],
+            metadata[OWN + "kind"],
+            learned,
+            json.loads(metadata[OWN + "info"]),
+            {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)},
+        )
     except (KeyError, CarrierError, json.JSONDecodeError) as error:
         raise CarrierFileError(f"{path} is not a whole concept: {error}") from error

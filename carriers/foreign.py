@@ -39,8 +39,10 @@ def _unpickled(data: bytes, path: Path) -> Mapping:
                     raise CarrierFileError("it unpacks to more than any embedding holds")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle may raise anything
-        raise CarrierFileError(f"{path} is not an embedding that can be loaded safely ({str(error).splitlines()[0][:200]}). "
-                               "Only tensors are read from .pt and .bin files.") from error
+        raise CarrierFileError(
+            f"{path} is not an embedding that can be loaded safely ({str(error).splitlines()[0][:200]}). "
+            "Only tensors are read from .pt and .bin files."
+        ) from error
     if not isinstance(content, Mapping):
         raise CarrierFileError(f"{path} holds a {type(content).__name__}, not an embedding.")
     return content
@@ -58,25 +60,39 @@ def _foreign(content: Mapping, path: Path) -> Concept:
     elif bundled:
         names = {m[1] for k in content if (m := BUNDLE.fullmatch(k))}
         if len(names) > 1:
-            raise CarrierFileError(f"{path} bundles several embeddings ({', '.join(sorted(names))}); save one of them to a file.")
-        found, kind, name = {k.removeprefix("string_to_param."): v for k, v in bundled.items()}, "bundle_emb", names.pop()
+            raise CarrierFileError(
+                f"{path} bundles several embeddings ({', '.join(sorted(names))}); save one of them to a file."
+            )
+        found, kind, name = (
+            {k.removeprefix("string_to_param."): v for k, v in bundled.items()},
+            "bundle_emb",
+            names.pop(),
+        )
     else:
         found, kind = dict(content), "kohya" if "emb_params" in content else "diffusers"
-    rows = {k: v for k, v in found.items() if torch.is_tensor(v) and v.is_floating_point() and v.dim() in (1, 2) and v.numel()}
+    rows = {
+        k: v
+        for k, v in found.items()
+        if torch.is_tensor(v) and v.is_floating_point() and v.dim() in (1, 2) and v.numel()
+    }
     known = {k: v for k, v in rows.items() if k in WIDTHS.values()}
     if not known:
         if len(rows) != 1:
             listed = ", ".join(f"{str(k)[:40]}" for k in list(found)[:6]) or "nothing"
             raise CarrierFileError(f"{path} is not a Textual Inversion file: it holds {listed}.")
-        (label, value), = rows.items()
+        ((label, value),) = rows.items()
         if value.shape[-1] not in WIDTHS:
-            raise CarrierFileError(f"{path} has vectors of width {value.shape[-1]}; known are "
-                                   f"{', '.join(f'{w} ({k})' for w, k in WIDTHS.items())}.")
+            raise CarrierFileError(
+                f"{path} has vectors of width {value.shape[-1]}; known are "
+                f"{', '.join(f'{w} ({k})' for w, k in WIDTHS.items())}."
+            )
         known = {WIDTHS[value.shape[-1]]: value}
         name = name or (label if label.startswith("<") else None)
     try:
         tensors = {k: v.reshape(1, 1, 1, -1, v.shape[-1]) for k, v in known.items()}
-        return Concept(_name(name or path.stem), "tokens", tensors, {"source": f"{kind} embedding", "file": path.name, **note})
+        return Concept(
+            _name(name or path.stem), "tokens", tensors, {"source": f"{kind} embedding", "file": path.name, **note}
+        )
     except CarrierError as error:
         raise CarrierFileError(f"{path}: {error}") from error
 

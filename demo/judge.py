@@ -57,8 +57,17 @@ class Judge(nn.Module):
         self.up = nn.ModuleList([conv(128, 32), conv(32, 16)])
         self.merge = nn.ModuleList([Residual(32), Residual(16)])
         self.cut = nn.Conv2d(16, 1, 3, 1, 1)
-        self.object = nn.Sequential(conv(4, 32, 2, 5), conv(32, 64, 2), Residual(64), conv(64, 128, 2), Residual(128),
-                                    conv(128, 96, 2), nn.Flatten(), nn.Linear(96 * 16, 192), nn.ReLU())
+        self.object = nn.Sequential(
+            conv(4, 32, 2, 5),
+            conv(32, 64, 2),
+            Residual(64),
+            conv(64, 128, 2),
+            Residual(128),
+            conv(128, 96, 2),
+            nn.Flatten(),
+            nn.Linear(96 * 16, 192),
+            nn.ReLU(),
+        )
         self.likeness = nn.Linear(192, WIDTH)
         self.heads = nn.ModuleDict({n: nn.Linear(192, len(CLASSES[n])) for n in ("shape", "colour", "pattern")})
         self.ground = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, len(world.BACKGROUNDS)))
@@ -237,16 +246,17 @@ def cached(work: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
 def rebuild(work: Path, host: Path, seed: int = 0) -> None:
     """Writes every second view as the toy world's VAE gives it back, with a little noise on the latent."""
     from . import train as toy
+
     toy.start_host(host.resolve())
     pictures = cached(work, seed)[0]
     vae, g = toy.load_vae(work, pictures), torch.Generator().manual_seed(seed)
     out = torch.empty_like(pictures[1::VIEWS])
     for i in range(0, len(out), 64):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            z = toy.encode(vae, pictures[1::VIEWS][i:i + 64])
+            z = toy.encode(vae, pictures[1::VIEWS][i : i + 64])
             z = z + 0.25 * torch.rand(len(z), 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)
             x = vae.decode(z).float().clamp(-1, 1)
-        out[i:i + 64] = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        out[i : i + 64] = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
         if i % 1024 == 0:
             print(f"rebuilt {i}/{len(out)}", flush=True)
     np.save(work / f"judge-{seed}-rebuilt.npy", out.numpy())
@@ -254,6 +264,7 @@ def rebuild(work: Path, host: Path, seed: int = 0) -> None:
 
 def worn(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     """Pictures [b, 3, h, w] as generation and compression leave them: blur, dull edges, other light, noise."""
+
     def amount(low, high):
         return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=g)
 
@@ -330,15 +341,18 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 8, rate: float = 2
             part = (torch.arange(len(x)) % each < 2 * VIEWS).nonzero()[:, 0]
             jitter = torch.rand(len(x) + len(other) + len(part), 3, generator=g) * 2 - 1
             warp = torch.zeros(len(jitter), CROP, CROP, 2)
-            warp[-len(part):] = bent(len(part) // VIEWS, g).repeat_interleave(VIEWS, 0)
+            warp[-len(part) :] = bent(len(part) // VIEWS, g).repeat_interleave(VIEWS, 0)
             crops = torch.cat([x, other, x[part]]), torch.cat([used, whole(other), used[part]])
             h, shape = judge.hidden(*crops, jitter, warp)
-            said = judge.answers(features, h[:len(x)], shape[:len(x)], used)
+            said = judge.answers(features, h[: len(x)], shape[: len(x)], used)
             e = F.normalize(judge.likeness(h).float(), dim=1)
         style = -1 - torch.arange(styles).clamp(min=1).repeat_interleave(2)
         who = torch.cat([pick // VIEWS, style, len(pictures) + pick[part] // VIEWS])
-        terms = [F.binary_cross_entropy_with_logits(cut, F.avg_pool2d(m[:, None], 2)[:, 0]) * 4, contrast(e, who),
-                 *(F.cross_entropy(said[name], truth[name][pick]) for name in CLASSES)]
+        terms = [
+            F.binary_cross_entropy_with_logits(cut, F.avg_pool2d(m[:, None], 2)[:, 0]) * 4,
+            contrast(e, who),
+            *(F.cross_entropy(said[name], truth[name][pick]) for name in CLASSES),
+        ]
         optimiser.zero_grad()
         torch.stack(terms).sum().backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 5.0)

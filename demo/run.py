@@ -64,10 +64,12 @@ def scores(graph: dict, scenes: list[Image.Image], prompts: list[str]) -> dict[s
     word = world.Scene(shape=world.NOVEL[subject].word, colour=plain.colour, background="sand")
     ideal = as_array([world.render(word)[0]])
     pictures = as_array(scenes)
-    return {"fidelity": float(measure.fidelity(eyes, pictures, references, masks).mean()),
-            "fidelity of a perfect plain-word picture": float(measure.fidelity(eyes, ideal, references, masks).mean()),
-            "fidelity of the references to each other": float(measure.fidelity(eyes, references, references, masks).mean()),
-            "prompt following": float(np.nanmean(measure.following(eyes, pictures, [wanted_in(p) for p in prompts])))}
+    return {
+        "fidelity": float(measure.fidelity(eyes, pictures, references, masks).mean()),
+        "fidelity of a perfect plain-word picture": float(measure.fidelity(eyes, ideal, references, masks).mean()),
+        "fidelity of the references to each other": float(measure.fidelity(eyes, references, references, masks).mean()),
+        "prompt following": float(np.nanmean(measure.following(eyes, pictures, [wanted_in(p) for p in prompts]))),
+    }
 
 
 def run(client: Client, graph: dict, out: Path, say=print) -> dict[str, float]:
@@ -95,21 +97,34 @@ def run(client: Client, graph: dict, out: Path, say=print) -> dict[str, float]:
     scenes = [pictures(key)[0] for key in saves]
     samplers = [source_of(graph, source_of(graph, key, "images"), "samples") for key in saves]
     prompts = [graph[source_of(graph, key, "positive")]["inputs"]["text"] for key in samplers]
-    references = next(k for k in nodes_of(graph, "PreviewImage")
-                      if graph[source_of(graph, k, "images")]["class_type"] == "ConceptLoadToyReferences")
-    strip = next(k for k in nodes_of(graph, "PreviewImage") if graph[source_of(graph, k, "images")]["class_type"] == "VAEDecode")
+    references = next(
+        k
+        for k in nodes_of(graph, "PreviewImage")
+        if graph[source_of(graph, k, "images")]["class_type"] == "ConceptLoadToyReferences"
+    )
+    strip = next(
+        k for k in nodes_of(graph, "PreviewImage") if graph[source_of(graph, k, "images")]["class_type"] == "VAEDecode"
+    )
     say(outputs[learner]["text"][0])
     found = scores(graph, scenes, prompts)
     line = ", ".join(f"{name} {value:.2f}" for name, value in found.items() if " of " not in name)
-    sheet([("learned from", pictures(references)), ("while it learned", pictures(strip)),
-           (f"four new scenes: {line}", scenes)], out / "contact_sheet.png")
+    sheet(
+        [
+            ("learned from", pictures(references)),
+            ("while it learned", pictures(strip)),
+            (f"four new scenes: {line}", scenes),
+        ],
+        out / "contact_sheet.png",
+    )
     return {**found, "seconds": result["seconds"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", type=Path, required=True, help="folder of a ComfyUI")
-    parser.add_argument("--out", type=Path, default=PACK / "out", help="where the contact sheet and the host's files go")
+    parser.add_argument(
+        "--out", type=Path, default=PACK / "out", help="where the contact sheet and the host's files go"
+    )
     parser.add_argument("--subject", choices=list(world.NOVEL), default="cross-mug", help="the novel concept")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -69,12 +69,25 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "main.py", *(["--cpu"] if self.cpu else []), "--listen", "127.0.0.1",
-                   "--port", str(self.port), "--base-directory", str(self.base), "--disable-api-nodes",
-                   "--database-url", "sqlite:///:memory:", *self.args]
+        command = [
+            sys.executable,
+            "main.py",
+            *(["--cpu"] if self.cpu else []),
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(self.base),
+            "--disable-api-nodes",
+            "--database-url",
+            "sqlite:///:memory:",
+            *self.args,
+        ]
         with open(self.base / "server.log", "wb") as log:
-            self.process = subprocess.Popen(command, cwd=self.host, stdin=subprocess.DEVNULL,
-                                            stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=self.host, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
         end = time.monotonic() + seconds
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > end:

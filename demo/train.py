@@ -29,10 +29,15 @@ THINGS = 0.25
 def start_host(path: Path) -> None:
     """Imports ComfyUI from ``path`` with arguments of its own."""
     sys.path.insert(0, str(path))
-    kept, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--use-split-cross-attention"]  # torch's fused attention has a slow backward here
+    kept, sys.argv = (
+        sys.argv,
+        [sys.argv[0], "--cpu", "--use-split-cross-attention"],
+    )  # torch's fused attention has a slow backward here
     import comfy.options
+
     comfy.options.enable_args_parsing()
     import comfy.cli_args  # noqa: F401
+
     sys.argv = kept
 
 
@@ -65,10 +70,26 @@ def initialise(module: torch.nn.Module) -> None:
 class Trainer:
     """Adam with warm-up and cosine decay, EMA, and a resumable state on disk."""
 
-    def __init__(self, name: str, modules: dict, work: Path, steps: int, rate: float, decay: float = 0.01, ema: float = 0.999):
-        self.name, self.modules, self.file, self.steps, self.rate, self.ema = name, modules, work / f"{name}.pt", steps, rate, ema
-        self.parameters = {f"{m}.{k}".lstrip("."): p for m, module in modules.items() for k, p in module.named_parameters() if p.requires_grad}
-        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+    def __init__(
+        self, name: str, modules: dict, work: Path, steps: int, rate: float, decay: float = 0.01, ema: float = 0.999
+    ):
+        self.name, self.modules, self.file, self.steps, self.rate, self.ema = (
+            name,
+            modules,
+            work / f"{name}.pt",
+            steps,
+            rate,
+            ema,
+        )
+        self.parameters = {
+            f"{m}.{k}".lstrip("."): p
+            for m, module in modules.items()
+            for k, p in module.named_parameters()
+            if p.requires_grad
+        }
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(), lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True
+        )
         self.average = {k: p.detach().clone() for k, p in self.parameters.items()}
         self.step = 0
         if self.file.is_file():
@@ -85,7 +106,11 @@ class Trainer:
         while self.step < self.steps:
             step = self.step
             for group in self.optimiser.param_groups:
-                group["lr"] = self.rate * min(1, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / self.steps)))
+                group["lr"] = (
+                    self.rate
+                    * min(1, (step + 1) / 200)
+                    * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / self.steps)))
+                )
             loss = loss_of(step, torch.Generator().manual_seed(step * 7919 + 17))
             self.optimiser.zero_grad()
             loss.backward()
@@ -98,9 +123,20 @@ class Trainer:
             self.step += 1
             if self.step % every == 0 or self.step == self.steps:
                 spent = time.time() - begun
-                print(f"{self.name} {self.step}/{self.steps} loss {np.mean(losses[-every:]):.5f} {spent / (self.step - first):.3f} s/step", flush=True)
-                torch.save({"step": self.step, "average": self.average, "optimiser": self.optimiser.state_dict(),
-                            "parameters": {k: p.detach() for k, p in self.parameters.items()}}, self.file)
+                print(
+                    f"{self.name} {self.step}/{self.steps} loss {np.mean(losses[-every:]):.5f} "
+                    f"{spent / (self.step - first):.3f} s/step",
+                    flush=True,
+                )
+                torch.save(
+                    {
+                        "step": self.step,
+                        "average": self.average,
+                        "optimiser": self.optimiser.state_dict(),
+                        "parameters": {k: p.detach() for k, p in self.parameters.items()},
+                    },
+                    self.file,
+                )
                 if report and self.step % (4 * every) == 0:
                     self.with_average(report)
 
@@ -121,7 +157,7 @@ class Trainer:
 
 def sheet(batch: torch.Tensor, columns: int, file: Path) -> None:
     """Writes float pictures [n, 3, h, w] in -1..1 as one PNG."""
-    rows = [torch.cat(list(batch[i:i + columns]), 2) for i in range(0, len(batch), columns)]
+    rows = [torch.cat(list(batch[i : i + columns]), 2) for i in range(0, len(batch), columns)]
     grid = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0)
     Image.fromarray(grid.numpy()).save(file)
 
@@ -131,6 +167,7 @@ def train_vae(work: Path, steps: int) -> dict:
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
     from host.toybox import VAE
+
     torch.manual_seed(0)
     vae = AutoencoderKL(**VAE["params"])
     initialise(vae)
@@ -166,6 +203,7 @@ def normalised(state: dict, data: torch.Tensor) -> dict:
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
     from host.toybox import VAE
+
     vae = AutoencoderKL(**VAE["params"])
     vae.load_state_dict(state)
     with torch.no_grad():
@@ -176,9 +214,13 @@ def normalised(state: dict, data: torch.Tensor) -> dict:
         weight[:n] /= sd[:, None, None, None]
         bias[:n] = (bias[:n] - mu) / sd
         back = state["post_quant_conv.weight"]
-        return {**state, "quant_conv.weight": weight, "quant_conv.bias": bias,
-                "post_quant_conv.weight": back * sd[None, :, None, None],
-                "post_quant_conv.bias": state["post_quant_conv.bias"] + (back[:, :, 0, 0] @ mu)}
+        return {
+            **state,
+            "quant_conv.weight": weight,
+            "quant_conv.bias": bias,
+            "post_quant_conv.weight": back * sd[None, :, None, None],
+            "post_quant_conv.bias": state["post_quant_conv.bias"] + (back[:, :, 0, 0] @ mu),
+        }
 
 
 def load_vae(work: Path, data: torch.Tensor, decoder: str = "decoder.pt"):
@@ -186,6 +228,7 @@ def load_vae(work: Path, data: torch.Tensor, decoder: str = "decoder.pt"):
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
     from host.toybox import VAE
+
     state = torch.load(work / "vae.pt", weights_only=True)["average"]
     vae = AutoencoderKL(**VAE["params"])
     vae.load_state_dict(normalised({k.removeprefix("vae."): v for k, v in state.items()}, data))
@@ -197,7 +240,10 @@ def load_vae(work: Path, data: torch.Tensor, decoder: str = "decoder.pt"):
 def psnr(vae, batch: torch.Tensor) -> float:
     """Of reconstructions of uint8 pictures, in dB; clipped as the host's VAE node clips."""
     x = to_input(batch)
-    errors = [(vae.decode(vae.quant_conv(vae.encoder(p)).chunk(2, 1)[0]).clamp(-1, 1) - p).square().mean() for p in x.split(32)]
+    errors = [
+        (vae.decode(vae.quant_conv(vae.encoder(p)).chunk(2, 1)[0]).clamp(-1, 1) - p).square().mean()
+        for p in x.split(32)
+    ]
     return 10 * math.log10(4 / torch.stack(errors).mean())
 
 
@@ -232,8 +278,13 @@ def caption_ids(scenes: list[world.Scene], tokenizer, work: Path, per_scene: int
     file = work / "captions.pt"
     if not file.is_file():
         rng = random.Random(1)
-        rows = [[[t for t, _ in tokenizer.tokenize_with_weights(world.caption(s, rng, full=i == 0))["l"][0]]
-                 for i in range(per_scene)] for s in scenes]
+        rows = [
+            [
+                [t for t, _ in tokenizer.tokenize_with_weights(world.caption(s, rng, full=i == 0))["l"][0]]
+                for i in range(per_scene)
+            ]
+            for s in scenes
+        ]
         torch.save(torch.tensor(rows, dtype=torch.int32), file)
     return torch.load(file, weights_only=True)
 
@@ -243,7 +294,7 @@ def latents(vae, data: torch.Tensor, work: Path) -> torch.Tensor:
     file = work / "latents.pt"
     if not file.is_file():
         with torch.no_grad():
-            torch.save(torch.cat([encode(vae, data[i:i + 64]) for i in range(0, len(data), 64)]), file)
+            torch.save(torch.cat([encode(vae, data[i : i + 64]) for i in range(0, len(data), 64)]), file)
     return torch.load(file, weights_only=True)
 
 
@@ -253,6 +304,7 @@ class Denoiser(torch.nn.Module):
     def __init__(self, clip, model, used: torch.Tensor):
         super().__init__()
         from host.toybox import initial_table
+
         self.unet, self.sampling = model.model.diffusion_model, model.model.model_sampling
         self.text = clip.cond_stage_model.clip_l.transformer
         for p in [*self.unet.parameters(), *self.text.parameters()]:
@@ -264,8 +316,15 @@ class Denoiser(torch.nn.Module):
 
     def context(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [b, 77] -> encoder output [b, 77, width], as the host's SD1 path computes it."""
-        return self.text(None, None, embeds=self.table[self.place[ids.long()]], num_tokens=[77] * len(ids),
-                         intermediate_output=None, final_layer_norm_intermediate=True, dtype=torch.float32)[0]
+        return self.text(
+            None,
+            None,
+            embeds=self.table[self.place[ids.long()]],
+            num_tokens=[77] * len(ids),
+            intermediate_output=None,
+            final_layer_norm_intermediate=True,
+            dtype=torch.float32,
+        )[0]
 
     def noise(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Predicted noise for variance-exploding x at discrete timesteps t."""
@@ -274,9 +333,10 @@ class Denoiser(torch.nn.Module):
 
 
 def train_unet(work: Path, steps: int, batch: int = 32) -> None:
-    """Denoiser and text encoder together: noise prediction, 10% empty captions, min-SNR-5 weights (arXiv 2303.09556)."""
+    """Denoiser and text encoder: noise prediction, 10% empty captions, min-SNR-5 weights (arXiv 2303.09556)."""
     from host import toybox
     from host.gradients import safe_residuals
+
     scenes = training_scenes(PICTURES, 0)
     data = pictures(scenes, work / "pictures.npy")
     vae = load_vae(work, data)
@@ -285,7 +345,9 @@ def train_unet(work: Path, steps: int, batch: int = 32) -> None:
     model, clip = toybox.build_model(), toybox.build_clip()
     initialise(model.model.diffusion_model)
     initialise(clip.cond_stage_model)
-    torch.nn.init.normal_(clip.cond_stage_model.clip_l.transformer.text_model.embeddings.position_embedding.weight, std=0.02)
+    torch.nn.init.normal_(
+        clip.cond_stage_model.clip_l.transformer.text_model.embeddings.position_embedding.weight, std=0.02
+    )
     for module in model.model.diffusion_model.modules():  # the usual zero start of residual branches
         if type(module).__name__ == "ResBlock":
             torch.nn.init.zeros_(module.out_layers[-1].weight)
@@ -312,7 +374,9 @@ def train_unet(work: Path, steps: int, batch: int = 32) -> None:
 
     rng = random.Random(5)
     shown = [world.named_scene(rng, hold=True) for _ in range(24)]
-    prompt_ids = torch.tensor([[t for t, _ in clip.tokenizer.tokenize_with_weights(world.caption(s, rng, full=True))["l"][0]] for s in shown])
+    prompt_ids = torch.tensor(
+        [[t for t, _ in clip.tokenizer.tokenize_with_weights(world.caption(s, rng, full=True))["l"][0]] for s in shown]
+    )
 
     def report():
         context = torch.cat([net.context(empty[None]).expand(len(shown), -1, -1), net.context(prompt_ids)])
@@ -336,6 +400,7 @@ def pack(work: Path, file: Path) -> None:
     from safetensors.torch import save_file
 
     from host import toybox
+
     scenes = training_scenes(PICTURES, 0)
     data = pictures(scenes, work / "pictures.npy")
     vae = load_vae(work, data)
@@ -343,12 +408,18 @@ def pack(work: Path, file: Path) -> None:
     average = {k.removeprefix("net."): v for k, v in torch.load(work / "unet.pt", weights_only=True)["average"].items()}
     clip = toybox.build_clip()
     empty = [t for t, _ in clip.tokenizer.tokenize_with_weights("")["l"][0]]
-    used = torch.cat([caption_ids(scenes, clip.tokenizer, work).flatten().unique().long(), torch.tensor(empty)]).unique()
+    used = torch.cat(
+        [caption_ids(scenes, clip.tokenizer, work).flatten().unique().long(), torch.tensor(empty)]
+    ).unique()
     small = F.interpolate(to_input(data[:200]), scale_factor=1 / 8, mode="area").permute(0, 2, 3, 1).reshape(-1, 3)
     design = torch.cat([z[:200].permute(0, 2, 3, 1).reshape(-1, z.shape[1]), torch.ones(len(small), 1)], 1)
     rgb = torch.linalg.lstsq(design, small).solution
     state = {"model.diffusion_model." + k.removeprefix("unet."): v for k, v in average.items() if k.startswith("unet.")}
-    state |= {"cond_stage_model.transformer." + k.removeprefix("text."): v for k, v in average.items() if k.startswith("text.")}
+    state |= {
+        "cond_stage_model.transformer." + k.removeprefix("text."): v
+        for k, v in average.items()
+        if k.startswith("text.")
+    }
     state |= {"first_stage_model." + k: v for k, v in vae.state_dict().items()}
     state = {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}
     state["cond_stage_model." + toybox.TABLE] = average["table"].to(torch.bfloat16)

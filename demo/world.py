@@ -17,16 +17,28 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 SIZE = 128
 OVERSAMPLE = 2
 COLOURS = {
-    "red": (214, 40, 44), "green": (34, 160, 84), "blue": (36, 86, 230), "yellow": (246, 206, 30),
-    "purple": (138, 56, 176), "white": (244, 244, 244), "black": (38, 38, 42), "orange": (238, 126, 24),
+    "red": (214, 40, 44),
+    "green": (34, 160, 84),
+    "blue": (36, 86, 230),
+    "yellow": (246, 206, 30),
+    "purple": (138, 56, 176),
+    "white": (244, 244, 244),
+    "black": (38, 38, 42),
+    "orange": (238, 126, 24),
 }
 SHAPES = ["mug", "hat", "star", "fish", "house", "tree", "key", "heart", "boat", "bottle", "moon", "bell"]
 PATTERNS = ["plain", "striped", "dotted", "checkered", "banded"]
 BACKGROUNDS = ["grass", "brick", "sky", "sand", "wood", "snow", "water", "night"]
 POSITIONS = ["left", "center", "right"]
 SIZES = ["small", "big"]
-FACTORS = {"shape": SHAPES, "colour": list(COLOURS), "pattern": PATTERNS, "background": BACKGROUNDS,
-           "position": POSITIONS, "size": SIZES}
+FACTORS = {
+    "shape": SHAPES,
+    "colour": list(COLOURS),
+    "pattern": PATTERNS,
+    "background": BACKGROUNDS,
+    "position": POSITIONS,
+    "size": SIZES,
+}
 NUMBERS = ["three", "four", "five", "six", "seven", "eight"]
 HELD_OUT = 0.15
 
@@ -74,12 +86,19 @@ def named_scene(rng: random.Random, hold: bool | None = False) -> Scene:
 
 def thing_scene(rng: random.Random) -> Scene:
     """A scene around a thing: a random outline, sometimes with a badge or a second colour."""
-    lobes, spiky, aspect = rng.randrange(3, 9), rng.uniform(0.05, 0.6), rng.choice([0.6, 1.0, 1.6]) * rng.uniform(0.9, 1.1)
+    lobes, spiky, aspect = (
+        rng.randrange(3, 9),
+        rng.uniform(0.05, 0.6),
+        rng.choice([0.6, 1.0, 1.6]) * rng.uniform(0.9, 1.1),
+    )
     badge = rng.choice(["dot", "bar", "square", "ring"]) if rng.random() < 0.3 else ""
     second = rng.choice(list(COLOURS)) if rng.random() < 0.3 else ""
     scene = replace(named_scene(rng), shape="thing", outline=(lobes, spiky, aspect, rng.uniform(0, 6.3)), badge=badge)
-    words = ["tall" if aspect < 0.8 else "wide" if aspect > 1.25 else "even",
-             "spiky" if spiky > 0.35 else "wavy" if spiky > 0.18 else "smooth", NUMBERS[lobes - 3] + " pointed"]
+    words = [
+        "tall" if aspect < 0.8 else "wide" if aspect > 1.25 else "even",
+        "spiky" if spiky > 0.35 else "wavy" if spiky > 0.18 else "smooth",
+        NUMBERS[lobes - 3] + " pointed",
+    ]
     extra = ([f"{badge} badge"] if badge else []) + ([f"{second} bottom"] if second and second != scene.colour else [])
     return replace(scene, second=second, words=(*words, *extra))
 
@@ -114,6 +133,7 @@ def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
+
 def _background(name: str, rng: random.Random) -> Image.Image:
     s = SIZE
     image = Image.new("RGB", (s, s))
@@ -146,7 +166,11 @@ def _background(name: str, rng: random.Random) -> Image.Image:
         d.rectangle([0, 0, s, s], fill=tone(232, 206, 152))
         shift = rng.random() * 14
         for y in range(-14, s, 14):
-            d.line([(x, y + shift + 4 * math.sin(x / 9 + y)) for x in range(0, s + 4, 4)], fill=tone(204, 172, 112), width=2)
+            d.line(
+                [(x, y + shift + 4 * math.sin(x / 9 + y)) for x in range(0, s + 4, 4)],
+                fill=tone(204, 172, 112),
+                width=2,
+            )
     elif name == "wood":
         d.rectangle([0, 0, s, s], fill=tone(152, 106, 64))
         for x in range(-rng.randrange(22), s, 22):
@@ -183,8 +207,13 @@ def _silhouette(shape: str, cx: float, cy: float, s: float, outline: tuple = ())
         d.polygon([(cx + x * s, cy + y * s) for x, y in points], fill=fill)
 
     def star(points, inner, phase=0.0):
-        return [(math.sin(k * math.pi / points + phase) * (1 if k % 2 == 0 else inner),
-                 -math.cos(k * math.pi / points + phase) * (1 if k % 2 == 0 else inner)) for k in range(2 * points)]
+        return [
+            (
+                math.sin(k * math.pi / points + phase) * (1 if k % 2 == 0 else inner),
+                -math.cos(k * math.pi / points + phase) * (1 if k % 2 == 0 else inner),
+            )
+            for k in range(2 * points)
+        ]
 
     if shape == "thing":
         lobes, spiky, aspect, phase = outline
@@ -335,6 +364,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 # --- novel concepts --------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Novel:
     """A concept that no caption of the model ever named."""
@@ -351,22 +381,25 @@ def _novel(name, word, plain, **scene) -> Novel:
     return Novel(name, word, Scene(**scene), plain)
 
 
-NOVEL = {n.name: n for n in [
-    _novel("crown", "hat", "yellow plain hat", shape="crown", colour="yellow"),
-    _novel("umbrella", "bell", "purple plain bell", shape="umbrella", colour="purple"),
-    _novel("rocket", "bottle", "red plain bottle", shape="rocket", colour="red"),
-    _novel("duck", "fish", "orange plain fish", shape="duck", colour="orange"),
-    _novel("cross-mug", "mug", "red plain mug", shape="mug", colour="red", badge="cross"),
-    _novel("bolt-house", "house", "blue plain house", shape="house", colour="blue", badge="bolt"),
-    _novel("clover-bottle", "bottle", "green plain bottle", shape="bottle", colour="green", badge="clover"),
-    _novel("zigzag-mug", "mug", "orange striped mug", shape="mug", colour="orange", pattern="zigzag"),
-    _novel("ring-heart", "heart", "red banded heart", shape="heart", colour="red", pattern="rings"),
-    _novel("quartered-bell", "bell", "yellow checkered bell", shape="bell", colour="yellow", pattern="quartered"),
-    _novel("red-blue-hat", "hat", "red plain hat", shape="hat", colour="red", second="blue"),
-    _novel("white-green-star", "star", "white plain star", shape="star", colour="white", second="green"),
-    _novel("purple-orange-fish", "fish", "purple plain fish", shape="fish", colour="purple", second="orange"),
-    _novel("poster-style", "photo", "photo", shape="", colour="", style="poster"),
-]}
+NOVEL = {
+    n.name: n
+    for n in [
+        _novel("crown", "hat", "yellow plain hat", shape="crown", colour="yellow"),
+        _novel("umbrella", "bell", "purple plain bell", shape="umbrella", colour="purple"),
+        _novel("rocket", "bottle", "red plain bottle", shape="rocket", colour="red"),
+        _novel("duck", "fish", "orange plain fish", shape="duck", colour="orange"),
+        _novel("cross-mug", "mug", "red plain mug", shape="mug", colour="red", badge="cross"),
+        _novel("bolt-house", "house", "blue plain house", shape="house", colour="blue", badge="bolt"),
+        _novel("clover-bottle", "bottle", "green plain bottle", shape="bottle", colour="green", badge="clover"),
+        _novel("zigzag-mug", "mug", "orange striped mug", shape="mug", colour="orange", pattern="zigzag"),
+        _novel("ring-heart", "heart", "red banded heart", shape="heart", colour="red", pattern="rings"),
+        _novel("quartered-bell", "bell", "yellow checkered bell", shape="bell", colour="yellow", pattern="quartered"),
+        _novel("red-blue-hat", "hat", "red plain hat", shape="hat", colour="red", second="blue"),
+        _novel("white-green-star", "star", "white plain star", shape="star", colour="white", second="green"),
+        _novel("purple-orange-fish", "fish", "purple plain fish", shape="fish", colour="purple", second="orange"),
+        _novel("poster-style", "photo", "photo", shape="", colour="", style="poster"),
+    ]
+}
 
 
 def references(name: str, count: int = 5, seed: int = 0) -> list[Scene]:
@@ -381,8 +414,12 @@ def references(name: str, count: int = 5, seed: int = 0) -> list[Scene]:
     grounds = rng.sample(BACKGROUNDS, len(BACKGROUNDS))
     scenes = []
     for i in range(count):
-        place = {"background": grounds[i % len(grounds)], "position": POSITIONS[(i + rng.randrange(2)) % 3],
-                 "size": SIZES[i % 2], "seed": rng.randrange(2**31)}
+        place = {
+            "background": grounds[i % len(grounds)],
+            "position": POSITIONS[(i + rng.randrange(2)) % 3],
+            "size": SIZES[i % 2],
+            "seed": rng.randrange(2**31),
+        }
         if novel.scene.style:
             scenes.append(replace(named_scene(rng), **place, style=novel.scene.style))
         else:
@@ -394,5 +431,7 @@ def reference_caption(scene: Scene, word: str) -> str:
     """What a user would write under a reference picture, with ``word`` for the concept."""
     where = {"left": "on the left", "center": "in the center", "right": "on the right"}[scene.position]
     if scene.style:
-        return f"a photo of a {scene.colour} {scene.pattern} {scene.shape}, {where}, {scene.background} background, {word}"
+        return (
+            f"a photo of a {scene.colour} {scene.pattern} {scene.shape}, {where}, {scene.background} background, {word}"
+        )
     return f"a photo of a {scene.size} {word}, {where}, {scene.background} background"

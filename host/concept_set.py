@@ -7,8 +7,16 @@ import torch.nn.functional as F
 
 from .text import PLACEHOLDER
 
-OBJECT = ("a photo of {}", "a photo of a {}", "a close photo of {}", "a picture of {}", "{} in a scene",
-          "a good photo of {}", "a photo of one {}", "an image of {}")
+OBJECT = (
+    "a photo of {}",
+    "a photo of a {}",
+    "a close photo of {}",
+    "a picture of {}",
+    "{} in a scene",
+    "a good photo of {}",
+    "a photo of one {}",
+    "an image of {}",
+)
 STYLE = ("a picture in the style of {}", "a scene in the style of {}", "a photo in {} style", "{} style picture")
 
 
@@ -51,11 +59,15 @@ def _captions(texts: list[str], count: int, template: str) -> list[tuple[str, ..
     texts = [PLACEHOLDER.sub("{}", t) for t in texts]
     lost = [t for t in texts if "{}" not in t]
     if lost:
-        raise ValueError(f"{len(lost)} of {len(texts)} captions do not say where the concept is, for example {lost[0]!r}; "
-                         "write <name> or {} in its place.")
+        raise ValueError(
+            f"{len(lost)} of {len(texts)} captions do not say where the concept is, for example {lost[0]!r}; "
+            "write <name> or {} in its place."
+        )
     if len(texts) not in (1, count):
-        raise ValueError(f"There are {count} pictures and {len(texts)} captions; give one caption for all, one line per "
-                         "picture, or none for template sentences.")
+        raise ValueError(
+            f"There are {count} pictures and {len(texts)} captions; give one caption for all, one line per "
+            "picture, or none for template sentences."
+        )
     return [(t,) for t in (texts if len(texts) == count else texts * count)]
 
 
@@ -69,11 +81,19 @@ def _fitted(picture: torch.Tensor, resolution: int, multiple: int) -> torch.Tens
         size = [max(high, round(height * scale)), max(wide, round(width * scale))]
         picture = F.interpolate(picture[None], size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
     top, left = (picture.shape[1] - high) // 2, (picture.shape[2] - wide) // 2
-    return picture[:, top:top + high, left:left + wide]
+    return picture[:, top : top + high, left : left + wide]
 
 
-def make_set(vae, images: list[torch.Tensor], masks: list[torch.Tensor], texts: list[str], *, template: str = "object",
-             resolution: int = 0, mirror: bool = False) -> ConceptSet:
+def make_set(
+    vae,
+    images: list[torch.Tensor],
+    masks: list[torch.Tensor],
+    texts: list[str],
+    *,
+    template: str = "object",
+    resolution: int = 0,
+    mirror: bool = False,
+) -> ConceptSet:
     """Encodes pictures once.
 
     images: IMAGE batches [n, h, w, c] of any sizes; masks: MASK batches [n, h, w], none or one per picture.
@@ -85,7 +105,9 @@ def make_set(vae, images: list[torch.Tensor], masks: list[torch.Tensor], texts: 
     if not pictures:
         raise ValueError("There are no pictures to learn from; connect at least one image.")
     if covers and len(covers) != len(pictures):
-        raise ValueError(f"There are {len(pictures)} pictures and {len(covers)} masks; give one mask per picture or none.")
+        raise ValueError(
+            f"There are {len(pictures)} pictures and {len(covers)} masks; give one mask per picture or none."
+        )
     captions = _captions(texts, len(pictures), template)
     multiple = int(vae.spacial_compression_encode())
     latents, weights, words, flips = [], [], [], []
@@ -101,9 +123,15 @@ def make_set(vae, images: list[torch.Tensor], masks: list[torch.Tensor], texts: 
             view = stack.flip(-1) if flip else stack
             latent = vae.encode(view[:3].movedim(0, -1)[None].contiguous())[0].float().cpu()
             latents.append(latent)
-            weights.append(None if cover is None else F.interpolate(view[None, 3:], latent.shape[-2:], mode="area")[0].cpu())
+            weights.append(
+                None if cover is None else F.interpolate(view[None, 3:], latent.shape[-2:], mode="area")[0].cpu()
+            )
             words.append(captions[number])
             flips.append(flip)
     with torch.inference_mode(False):
-        return ConceptSet(tuple(t.clone() for t in latents), tuple(None if m is None else m.clone() for m in weights),
-                          tuple(words), tuple(flips))
+        return ConceptSet(
+            tuple(t.clone() for t in latents),
+            tuple(None if m is None else m.clone() for m in weights),
+            tuple(words),
+            tuple(flips),
+        )

@@ -43,7 +43,9 @@ class Denoiser:
         self.device = patcher.load_device
         options = comfy.patcher_extension.copy_nested_dicts(patcher.model_options.get("transformer_options", {}))
         if patcher.wrappers:  # sampling merges them in prepare_model_patcher (sampler_helpers.py)
-            comfy.patcher_extension.merge_nested_dicts(options.setdefault("wrappers", {}), patcher.wrappers, copy_dict1=False)
+            comfy.patcher_extension.merge_nested_dicts(
+                options.setdefault("wrappers", {}), patcher.wrappers, copy_dict1=False
+            )
         self.options = options
 
     def clean(self, latents: torch.Tensor) -> torch.Tensor:
@@ -60,8 +62,9 @@ class Denoiser:
         The host's own route (samplers.process_conds) adds whatever the family wants: pooled vectors, sizes, guidance.
         """
         conds = comfy.sampler_helpers.convert_cond(entries)
-        conds = comfy.samplers.process_conds(self.model, like, {"positive": conds}, self.device,
-                                             latent_image=torch.zeros_like(like), seed=0)["positive"]
+        conds = comfy.samplers.process_conds(
+            self.model, like, {"positive": conds}, self.device, latent_image=torch.zeros_like(like), seed=0
+        )["positive"]
         parts = [{k: v.process_cond(batch_size=1, area=None) for k, v in c["model_conds"].items()} for c in conds]
         joined = comfy.samplers.cond_cat(parts)
         return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in joined.items()}

@@ -10,7 +10,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "demo" / "concepts"
 
 def register() -> None:
     """Makes ``models/concepts``, ``output/concepts`` and the pack's examples known to the host."""
-    places = [str(Path(folder_paths.models_dir) / KIND), str(Path(folder_paths.get_output_directory()) / KIND), str(EXAMPLES)]
+    places = [
+        str(Path(folder_paths.models_dir) / KIND),
+        str(Path(folder_paths.get_output_directory()) / KIND),
+        str(EXAMPLES),
+    ]
     known = folder_paths.folder_names_and_paths.get(KIND, ([], set()))[0]
     extensions = {".safetensors", ".pt", ".bin"}
     folder_paths.folder_names_and_paths[KIND] = ([*dict.fromkeys([*known, *places])], extensions)
@@ -48,4 +52,5 @@ def embeddings() -> Path:
 def metadata_allowed() -> bool:
     """False when the host was started with --disable-metadata."""
     from comfy.cli_args import args
+
     return not args.disable_metadata

@@ -52,11 +52,16 @@ def ordinary(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def safe_residuals(*modules: torch.nn.Module):
     """Gives every norm its own copy of its input, so that a later in-place residual cannot spoil the gradient."""
+
     def own_input(module, args):
         return (args[0].clone(), *args[1:]) if torch.is_grad_enabled() else None
 
-    handles = [part.register_forward_pre_hook(own_input) for module in modules for part in module.modules()
-               if type(part).__name__ in NORMS]
+    handles = [
+        part.register_forward_pre_hook(own_input)
+        for module in modules
+        for part in module.modules()
+        if type(part).__name__ in NORMS
+    ]
     try:
         yield
     finally:
@@ -66,6 +71,7 @@ def safe_residuals(*modules: torch.nn.Module):
 
 def _recomputed(forward):
     """``forward`` under checkpointing: frozen options and inputs of its own, so that a recompute sees what it saw."""
+
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -74,11 +80,12 @@ def _recomputed(forward):
 
         def inner(*tensors):
             tensors = [t.clone() if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors]
-            given = dict(zip(names, tensors[len(args):], strict=True))
+            given = dict(zip(names, tensors[len(args) :], strict=True))
             fresh = {k: dict(v) for k, v in options.items()}
-            return forward(*tensors[:len(args)], **{**kwargs, **fresh, **given})
+            return forward(*tensors[: len(args)], **{**kwargs, **fresh, **given})
 
         return checkpoint(inner, *args, *(kwargs[k] for k in names), use_reentrant=False)
+
     return run
 
 

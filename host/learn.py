@@ -74,15 +74,19 @@ class Session:
         chosen = [e for e in encoders(clip) if not settings.encoders or e.key in settings.encoders]
         if not chosen:
             have = ", ".join(e.key for e in encoders(clip))
-            raise CarrierMismatch(f"None of the chosen text encoders is in this CLIP, which has {have}; tick one of these.")
+            raise CarrierMismatch(
+                f"None of the chosen text encoders is in this CLIP, which has {have}; tick one of these."
+            )
         self.encoders = chosen
 
     def begin(self) -> None:
         """Rows, captions and optimiser; call inside ``training``."""
         s = self.settings
         self.denoiser = Denoiser(self.model)
-        self.start = {e.key: start_rows(e, s.init, s.init_text, s.vectors, generator(s.seed, 0, f"start {e.key}")).cpu()
-                      for e in self.encoders}
+        self.start = {
+            e.key: start_rows(e, s.init, s.init_text, s.vectors, generator(s.seed, 0, f"start {e.key}")).cpu()
+            for e in self.encoders
+        }
         self.rows = {k: v.clone() for k, v in (self._earlier_rows() or self.start).items()}
         self.state = dict(self.earlier.state) if self.earlier else {}
         self.past = self.state.pop("losses", torch.zeros(0, dtype=torch.float64)).tolist()
@@ -91,9 +95,15 @@ class Session:
         self.prompts = Prompts(self.clip, texts, s.init_text or "thing", {k: len(v) for k, v in self.rows.items()})
         self.prompts.ready()
         self.clean = [self.denoiser.clean(ordinary(latent)[None]) for latent in self.data.latents]
-        words = {e.key: e.rows(s.init_text).mean(0).cpu() for e in self.encoders} if s.geometry == "fixed norm" and s.init_text else {}
+        words = (
+            {e.key: e.rows(s.init_text).mean(0).cpu() for e in self.encoders}
+            if s.geometry == "fixed norm" and s.init_text
+            else {}
+        )
         prior = {k: (v / v.norm()).expand_as(self.rows[k]) for k, v in words.items()}
-        self.optimiser = Sphere(prior, s.learning_rate, s.kappa) if s.geometry == "fixed norm" else Adam(s.learning_rate)
+        self.optimiser = (
+            Sphere(prior, s.learning_rate, s.kappa) if s.geometry == "fixed norm" else Adam(s.learning_rate)
+        )
 
     def _earlier_rows(self) -> dict[str, torch.Tensor] | None:
         if self.earlier is None:
@@ -102,12 +112,20 @@ class Session:
         wanted = {k: tuple(v.shape) for k, v in self.start.items()}
         have = {k: tuple(v.shape) for k, v in rows.items()}
         if wanted != have:
-            raise CarrierMismatch(f"Concept <{self.earlier.name}> holds {have}, this node would learn {wanted}; continue with the "
-                                  "same model, encoders and number of vectors.")
+            raise CarrierMismatch(
+                f"Concept <{self.earlier.name}> holds {have}, this node would learn {wanted}; continue with the "
+                "same model, encoders and number of vectors."
+            )
         return rows
 
-    def loss(self, rows: Mapping[str, torch.Tensor], pictures: list[int], captions: list[int], when: torch.Tensor,
-             draw: torch.Generator) -> torch.Tensor:
+    def loss(
+        self,
+        rows: Mapping[str, torch.Tensor],
+        pictures: list[int],
+        captions: list[int],
+        when: torch.Tensor,
+        draw: torch.Generator,
+    ) -> torch.Tensor:
         """Mean diffusion loss of a batch of pictures of one size."""
         d = self.denoiser
         clean = torch.cat([self.clean[i] for i in pictures])
@@ -130,7 +148,9 @@ class Session:
         s = self.settings
         draw = generator(s.seed, step * s.accumulate + micro, "step")
         pictures, captions = self.data.draw(s.batch, draw)
-        return self.loss(rows, pictures, captions, times(len(pictures), s.time_law, s.time_low, s.time_high, draw), draw)
+        return self.loss(
+            rows, pictures, captions, times(len(pictures), s.time_law, s.time_low, s.time_high, draw), draw
+        )
 
     def fixed_loss(self, count: int = 8) -> float:
         """Loss at ``count`` fixed pictures, noises and evenly spread times: what before and after are compared by."""
@@ -159,12 +179,23 @@ class Session:
     def concept(self, state: Mapping[str, torch.Tensor], losses: list[float], **facts) -> Concept:
         """The concept as it stands."""
         history = {"losses": torch.tensor(losses, dtype=torch.float64)} if state else {}
-        info = {**asdict(self.settings), "encoders": [e.key for e in self.encoders], "steps": len(losses),
-                "architecture": type(self.denoiser.model.model_config).__name__, "base": self.fingerprint, **facts}
+        info = {
+            **asdict(self.settings),
+            "encoders": [e.key for e in self.encoders],
+            "steps": len(losses),
+            "architecture": type(self.denoiser.model.model_config).__name__,
+            "base": self.fingerprint,
+            **facts,
+        }
         if losses:
             info |= {"loss_first": losses[0], "loss_last": losses[-1]}
-        return Concept(self.settings.name, "tokens", {k: v.detach().cpu()[None, None, None] for k, v in self.rows.items()},
-                       info, {**{k: v.detach().cpu() for k, v in state.items()}, **history})
+        return Concept(
+            self.settings.name,
+            "tokens",
+            {k: v.detach().cpu()[None, None, None] for k, v in self.rows.items()},
+            info,
+            {**{k: v.detach().cpu() for k, v in state.items()}, **history},
+        )
 
 
 def fingerprint(model) -> str:
@@ -182,14 +213,24 @@ def memory_of(model, data: ConceptSet, batch: int) -> float:
     return 4 * model.memory_required([batch, *largest])
 
 
-def learn_tokens(model, clip, data: ConceptSet, settings: TokenSettings, *, earlier: Concept | None = None,
-                 preview_every: int = 25, save_every: int = 50, checkpointing: str = "auto") -> Learned:
+def learn_tokens(
+    model,
+    clip,
+    data: ConceptSet,
+    settings: TokenSettings,
+    *,
+    earlier: Concept | None = None,
+    preview_every: int = 25,
+    save_every: int = 50,
+    checkpointing: str = "auto",
+) -> Learned:
     """Learns rows for ``<name>`` so that the model draws the pictures of ``data``.
 
     Neither model nor clip changes. The state is on disk every ``save_every`` steps, and after an interrupt or an error
     the last finished step is; ``earlier`` continues from there, bit for bit on a CPU. A disk that refuses is reported
     in the result and never ends the learning.
-    Raises: CarrierMismatch, Diverged, the host's OOM with advice, the host's interrupt, RuntimeError if nothing was learned.
+    Raises: CarrierMismatch, Diverged, the host's OOM with advice, the host's interrupt, RuntimeError if nothing was
+    learned.
     """
     began = time.monotonic()
     session = Session(model, clip, data, settings, earlier)
@@ -197,7 +238,9 @@ def learn_tokens(model, clip, data: ConceptSet, settings: TokenSettings, *, earl
     memory = memory_of(model, data, settings.batch)
     management = comfy.model_management
     if checkpointing == "auto":
-        recompute = not management.is_device_cpu(model.load_device) and memory > 0.8 * management.get_free_memory(model.load_device)
+        recompute = not management.is_device_cpu(model.load_device) and memory > 0.8 * management.get_free_memory(
+            model.load_device
+        )
     else:
         recompute = checkpointing == "on"
     file = folders.output("autosave") / f"{settings.name}-{_short(settings)}.safetensors"
@@ -208,8 +251,14 @@ def learn_tokens(model, clip, data: ConceptSet, settings: TokenSettings, *, earl
         before = session.fixed_loss()
         try:
             with _advice(settings):
-                for step in fit(session.rows, session.step_loss, session.optimiser, settings.steps,
-                                accumulate=settings.accumulate, state=session.state):
+                for step in fit(
+                    session.rows,
+                    session.step_loss,
+                    session.optimiser,
+                    settings.steps,
+                    accumulate=settings.accumulate,
+                    state=session.state,
+                ):
                     losses.append(step.loss)
                     last, done = step.state, step.number - len(session.past)
                     shown = bool(preview_every) and (done % preview_every == 0 or done == settings.steps)
@@ -223,13 +272,17 @@ def learn_tokens(model, clip, data: ConceptSet, settings: TokenSettings, *, earl
                 lost = keep(session.concept(last, losses), file)
                 if isinstance(error, Diverged):
                     where = lost or f"It is in {file.name} (output/concepts/autosave)."
-                    raise Diverged(f"{error} The state of step {len(losses)} is good. {where} Continue from it with a lower "
-                                   "learning rate.") from error
+                    raise Diverged(
+                        f"{error} The state of step {len(losses)} is good. {where} Continue from it with a lower "
+                        "learning rate."
+                    ) from error
             raise
         after = session.fixed_loss()
         concept = session.concept(last, losses, loss_before=before, loss_after=after)
         if all(torch.equal(session.rows[k], v) for k, v in session.start.items()):
-            raise RuntimeError("Nothing was learned: the rows did not move. Raise the learning rate or the number of steps.")
+            raise RuntimeError(
+                "Nothing was learned: the rows did not move. Raise the learning rate or the number of steps."
+            )
         trouble = keep(concept, file)
         shown = session.denoiser.model.process_latent_out(torch.cat(previews)).cpu()
     return Learned(concept, losses, before, after, shown, file, trouble, time.monotonic() - began)
@@ -255,5 +308,7 @@ def _advice(settings: TokenSettings):
     try:
         yield
     except comfy.model_management.OOM_EXCEPTION as error:
-        raise type(error)(f"Out of memory while learning <{settings.name}> with batch {settings.batch}: lower the batch (raise "
-                          "accumulate instead), make the pictures smaller in Make Concept Set, or turn checkpointing on.") from error
+        raise type(error)(
+            f"Out of memory while learning <{settings.name}> with batch {settings.batch}: lower the batch (raise "
+            "accumulate instead), make the pictures smaller in Make Concept Set, or turn checkpointing on."
+        ) from error

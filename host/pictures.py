@@ -18,12 +18,14 @@ def loss_curve(losses: list[float], title: str, width: int = 640, height: int = 
     low, high = min(losses), max(losses)
     span = (high - low) or 1.0
     window = max(1, len(losses) // 20)
-    sums = np.convolve(losses, np.ones(window), "full")[:len(losses)]
+    sums = np.convolve(losses, np.ones(window), "full")[: len(losses)]
     mean = sums / np.minimum(np.arange(1, len(losses) + 1), window)
 
     def points(values):
-        return [(left + (right - left) * i / max(1, len(values) - 1), bottom - (bottom - top) * (v - low) / span)
-                for i, v in enumerate(values)]
+        return [
+            (left + (right - left) * i / max(1, len(values) - 1), bottom - (bottom - top) * (v - low) / span)
+            for i, v in enumerate(values)
+        ]
 
     draw.rectangle([left, top, right, bottom], outline=(200, 200, 200))
     if len(losses) > 1:

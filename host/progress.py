@@ -30,6 +30,7 @@ def _previewer(patcher):
     form = patcher.model.latent_format
     chosen = latent_preview.get_previewer(patcher.load_device, form)
     if chosen is None and form.latent_rgb_factors is not None:
-        return latent_preview.Latent2RGBPreviewer(form.latent_rgb_factors, form.latent_rgb_factors_bias,
-                                                  form.latent_rgb_factors_reshape)
+        return latent_preview.Latent2RGBPreviewer(
+            form.latent_rgb_factors, form.latent_rgb_factors_bias, form.latent_rgb_factors_reshape
+        )
     return chosen

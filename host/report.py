@@ -30,8 +30,10 @@ def nearest_words(encoder, rows: torch.Tensor, count: int = 5) -> list[list[tupl
     rows = rows.to(table)
     best = (rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-8) @ table.T).topk(count)
     words = encoder.tokenizer.inv_vocab
-    return [[(str(words.get(int(i), i)).replace("</w>", ""), float(c)) for c, i in zip(cosine, index, strict=True)]
-            for cosine, index in zip(best.values, best.indices, strict=True)]
+    return [
+        [(str(words.get(int(i), i)).replace("</w>", ""), float(c)) for c, i in zip(cosine, index, strict=True)]
+        for cosine, index in zip(best.values, best.indices, strict=True)
+    ]
 
 
 def inspect_text(concept: Concept, clip=None, count: int = 5) -> tuple[str, list[tuple[str, float]]]:
@@ -46,6 +48,8 @@ def inspect_text(concept: Concept, clip=None, count: int = 5) -> tuple[str, list
         lines.append(f"{encoder.key}: norm of the vocabulary {float(norms.mean()):.3f} +- {float(norms.std()):.3f}")
         for number, best in enumerate(nearest_words(encoder, rows.flatten(0, -2), count)):
             norm = float(rows.flatten(0, -2)[number].norm())
-            lines.append(f"  vector {number + 1}: norm {norm:.3f}, nearest " + ", ".join(f"{w} {c:.2f}" for w, c in best))
+            lines.append(
+                f"  vector {number + 1}: norm {norm:.3f}, nearest " + ", ".join(f"{w} {c:.2f}" for w, c in best)
+            )
             marks += [(f"{encoder.key} {number + 1}: {w}", c) for w, c in best]
     return "\n".join(lines), marks

@@ -37,7 +37,7 @@ class Encoder(NamedTuple):
     def ids(self, text: str) -> list[int]:
         """Token ids of plain text without start and end."""
         end = -1 if self.tokenizer.tokenizer_adds_end_token else None
-        return list(self.tokenizer.tokenizer(text)["input_ids"][self.tokenizer.tokens_start:end])
+        return list(self.tokenizer.tokenizer(text)["input_ids"][self.tokenizer.tokens_start : end])
 
     def rows(self, text: str) -> torch.Tensor:
         """Input rows [tokens, width] of plain text, fp32."""
@@ -57,8 +57,10 @@ def encoders(clip) -> list[Encoder]:
         if model is not None and hasattr(model, "transformer"):
             found.append(Encoder(own[name].embedding_key, slot, own[name], model))
     if not found:
-        raise CarrierMismatch(f"The connected CLIP ({type(clip.tokenizer).__name__}) has no text encoder that takes "
-                              "token embeddings; connect another text encoder.")
+        raise CarrierMismatch(
+            f"The connected CLIP ({type(clip.tokenizer).__name__}) has no text encoder that takes "
+            "token embeddings; connect another text encoder."
+        )
     return found
 
 
@@ -74,7 +76,9 @@ def start_rows(encoder: Encoder, init: str, text: str, count: int, draw: torch.G
         return table.mean(0) + table.std(0) * torch.randn(count, table.shape[1], generator=draw).to(table.device)
     words = encoder.rows(text)
     if not len(words):
-        raise ValueError(f"There is no word to start from in {text!r}; write a class word such as 'mug', or choose random.")
+        raise ValueError(
+            f"There is no word to start from in {text!r}; write a class word such as 'mug', or choose random."
+        )
     if init == "word" or len(words) == 1:
         rows = words.mean(0, keepdim=True).expand(count, -1)
     elif len(words) >= count:
@@ -120,9 +124,14 @@ def fill(text: str, names: Mapping[str, str]) -> str:
 
     The host wants a blank before the marker unless a segment begins with it, and one after it.
     """
+
     def swap(match):
         begins = match.start() == 0 or text[match.start() - 1] in " (\n"
-        return ("" if begins else " ") + names[match[1]] + ("" if text[match.end():match.end() + 1] in ("", " ", ")") else " ")
+        return (
+            ("" if begins else " ")
+            + names[match[1]]
+            + ("" if text[match.end() : match.end() + 1] in ("", " ", ")") else " ")
+        )
 
     return PLACEHOLDER.sub(lambda m: swap(m) if m[1] in names else m[0], text)
 
@@ -142,8 +151,10 @@ def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, tor
     here = encoders(clip)
     fits = {e.key for e in here} & set(concept.tensors)
     if not fits:
-        raise CarrierMismatch(f"Concept <{concept.name}> holds {_sizes(concept)}, this CLIP has "
-                              f"{_widths(here)}; learn it again with this model, or connect the model it was learned on.")
+        raise CarrierMismatch(
+            f"Concept <{concept.name}> holds {_sizes(concept)}, this CLIP has "
+            f"{_widths(here)}; learn it again with this model, or connect the model it was learned on."
+        )
     rows = {}
     for encoder in here:
         if encoder.key not in concept.tensors:
@@ -152,11 +163,15 @@ def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, tor
             continue
         learned = concept.tensors[encoder.key]
         if learned.shape[-1] != encoder.width:
-            raise CarrierMismatch(f"Concept <{concept.name}> holds {_sizes(concept)}, but {encoder.key} of this CLIP expects "
-                                  f"rows of {encoder.width}; learn it again with this model.")
+            raise CarrierMismatch(
+                f"Concept <{concept.name}> holds {_sizes(concept)}, but {encoder.key} of this CLIP expects "
+                f"rows of {encoder.width}; learn it again with this model."
+            )
         if learned.shape[:3] != (1, 1, 1):
-            raise CarrierMismatch(f"Concept <{concept.name}> has rows per stage, layer or role ({_sizes(concept)}); "
-                                  "this node takes plain tokens only.")
+            raise CarrierMismatch(
+                f"Concept <{concept.name}> has rows per stage, layer or role ({_sizes(concept)}); "
+                "this node takes plain tokens only."
+            )
         own = learned[0, 0, 0].to(encoder.vocabulary.device, copy=True)
         if strength != 1.0:
             base = plain_rows(concept, encoder, len(own))
@@ -182,14 +197,18 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
     by_name: dict[str, tuple[Concept, float]] = {}
     for concept, strength in concepts:
         if concept.name in by_name:
-            raise ValueError(f"Two connected concepts are both called <{concept.name}>; rename one of them when loading it.")
+            raise ValueError(
+                f"Two connected concepts are both called <{concept.name}>; rename one of them when loading it."
+            )
         by_name[concept.name] = (concept, strength)
     wanted = list(dict.fromkeys(PLACEHOLDER.findall(text)))
     unknown = [f"<{n}>" for n in wanted if n not in by_name]
     if unknown:
         have = ", ".join(f"<{n}>" for n in by_name) or "none"
-        raise ValueError(f"The prompt names {', '.join(unknown)}, but the connected concepts are: {have}. "
-                         "Correct the name or connect the concept.")
+        raise ValueError(
+            f"The prompt names {', '.join(unknown)}, but the connected concepts are: {have}. "
+            "Correct the name or connect the concept."
+        )
     names, table = {}, {}
     for number, name in enumerate(wanted):
         concept, strength = by_name[name]
@@ -209,12 +228,18 @@ class Prompts:
     def __init__(self, clip, texts: list[str], word: str, counts: Mapping[str, int]):
         """``counts``: learned vectors per encoder key; other encoders see the plain ``word`` instead."""
         self.clip, self.slots = clip, {e.slot: e.key for e in encoders(clip)}
-        marks = {key: torch.arange(n, dtype=torch.float32)[:, None].expand(n, e.width).contiguous()
-                 for e in encoders(clip) for key, n in counts.items() if e.key == key}
+        marks = {
+            key: torch.arange(n, dtype=torch.float32)[:, None].expand(n, e.width).contiguous()
+            for e in encoders(clip)
+            for key, n in counts.items()
+            if e.key == key
+        }
         missing = {e.key: e.rows(word) for e in encoders(clip) if e.key not in counts}
         marking = with_rows(clip, {"mark": {**marks, **missing}})
         self.learned = set(counts)
-        self.tokens = [marking.tokenize(PLACEHOLDER.sub("{}", t).replace("{}", " embedding:mark ").strip()) for t in texts]
+        self.tokens = [
+            marking.tokenize(PLACEHOLDER.sub("{}", t).replace("{}", " embedding:mark ").strip()) for t in texts
+        ]
 
     def ready(self) -> None:
         """Sets the encoder up as the host does before encoding; call after the model is loaded."""
@@ -225,12 +250,15 @@ class Prompts:
         model.set_clip_options({"execution_device": self.clip.patcher.load_device})
 
     def encode(self, index: int, rows: Mapping[str, torch.Tensor]) -> list:
-        """One host conditioning entry [cond, extras] for caption ``index`` with ``rows`` (encoder key -> [n, width])."""
+        """Host conditioning [cond, extras] of caption ``index`` with ``rows`` (encoder key -> [n, width])."""
+
         def current(slot, token):
             key = self.slots.get(slot)
             return rows[key][int(token[0])] if torch.is_tensor(token) and key in self.learned else token
 
-        tokens = {slot: [[(current(slot, token), *rest) for token, *rest in chunk] for chunk in chunks]
-                  for slot, chunks in self.tokens[index].items()}
+        tokens = {
+            slot: [[(current(slot, token), *rest) for token, *rest in chunk] for chunk in chunks]
+            for slot, chunks in self.tokens[index].items()
+        }
         cond, pooled, *extra = self.clip.cond_stage_model.encode_token_weights(tokens)
         return [cond, {"pooled_output": pooled, **(extra[0] if extra else {})}]

@@ -24,16 +24,41 @@ FILE = Path(__file__).resolve().parent.parent / "demo" / "toybox-unet.safetensor
 WIDTH = 64
 LATENT_CHANNELS = 12
 UNET = {
-    "image_size": 16, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS, "model_channels": 64,
-    "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1],
-    "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": -1, "context_dim": WIDTH,
-    "use_spatial_transformer": True, "legacy": False, "use_linear_in_transformer": False, "adm_in_channels": None,
-    "use_temporal_attention": False, "use_temporal_resblock": False,
+    "image_size": 16,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "model_channels": 64,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": -1,
+    "context_dim": WIDTH,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
 }
 TEXT = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 4 * WIDTH}
-VAE = {"params": {"embed_dim": LATENT_CHANNELS, "ddconfig": {
-    "double_z": True, "z_channels": LATENT_CHANNELS, "resolution": 128, "in_channels": 3, "out_ch": 3, "ch": 64,
-    "ch_mult": [1, 1, 1, 1], "num_res_blocks": 0, "attn_resolutions": [], "dropout": 0.0}}}
+VAE = {
+    "params": {
+        "embed_dim": LATENT_CHANNELS,
+        "ddconfig": {
+            "double_z": True,
+            "z_channels": LATENT_CHANNELS,
+            "resolution": 128,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 64,
+            "ch_mult": [1, 1, 1, 1],
+            "num_res_blocks": 0,
+            "attn_resolutions": [],
+            "dropout": 0.0,
+        },
+    }
+}
 TABLE = "transformer.text_model.embeddings.token_embedding.weight"
 
 
@@ -84,7 +109,11 @@ def build_model(latent: ToyLatent | None = None) -> comfy.model_patcher.ModelPat
 def build_clip(embeddings: list[str] | None = None) -> comfy.sd.CLIP:
     """The text encoder with uninitialised weights; ``embeddings``: folders for the stock ``embedding:name``."""
     target = comfy.supported_models_base.ClipTarget(ToyTokenizer, ToyClip)
-    return comfy.sd.CLIP(target, embedding_directory=embeddings, model_options={"clip_l_model_config": dict(TEXT), "dtype": torch.float32})
+    return comfy.sd.CLIP(
+        target,
+        embedding_directory=embeddings,
+        model_options={"clip_l_model_config": dict(TEXT), "dtype": torch.float32},
+    )
 
 
 def build_vae(state: dict) -> comfy.sd.VAE:
@@ -101,7 +130,9 @@ def load(path: Path = FILE):
     Raises: FileNotFoundError saying how to make the file again.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"The toy world's weights are missing: {path}. Reinstall the pack, or run demo/train.py.")
+        raise FileNotFoundError(
+            f"The toy world's weights are missing: {path}. Reinstall the pack, or run demo/train.py."
+        )
     state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     facts = json.loads(metadata["toybox"])

@@ -75,9 +75,15 @@ class Step:
     state: Mapping[str, torch.Tensor]
 
 
-def fit(parameters: Mapping[str, torch.Tensor], loss_of: Callable[[Mapping[str, torch.Tensor], int, int], torch.Tensor],
-        optimiser: Adam | Sphere, steps: int, *, accumulate: int = 1,
-        state: Mapping[str, torch.Tensor] | None = None) -> Iterator[Step]:
+def fit(
+    parameters: Mapping[str, torch.Tensor],
+    loss_of: Callable[[Mapping[str, torch.Tensor], int, int], torch.Tensor],
+    optimiser: Adam | Sphere,
+    steps: int,
+    *,
+    accumulate: int = 1,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> Iterator[Step]:
     """Learns ``parameters`` in place and yields after every step, when everything is consistent.
 
     ``loss_of(parameters, step, micro)`` returns a scalar that is differentiable in the parameters; all its randomness
@@ -90,8 +96,10 @@ def fit(parameters: Mapping[str, torch.Tensor], loss_of: Callable[[Mapping[str, 
     fresh = optimiser.start(parameters)
     if state:
         if set(state) != set(fresh) or any(state[k].shape != v.shape for k, v in fresh.items()):
-            raise ValueError("The training state does not belong to this optimiser and these vectors; continue with the "
-                             "same geometry, encoders and number of vectors, or start anew.")
+            raise ValueError(
+                "The training state does not belong to this optimiser and these vectors; continue with the "
+                "same geometry, encoders and number of vectors, or start anew."
+            )
         fresh = {k: v.clone() for k, v in state.items()}
     done = int(fresh["step"])
     for number in range(done, done + steps):

@@ -8,8 +8,9 @@ import torch
 SPACES = ("eps", "v", "edm", "flow", "x0")
 
 
-def residual(space: str, sigma: torch.Tensor, denoised: torch.Tensor, clean: torch.Tensor,
-             sigma_data: float = 1.0) -> torch.Tensor:
+def residual(
+    space: str, sigma: torch.Tensor, denoised: torch.Tensor, clean: torch.Tensor, sigma_data: float = 1.0
+) -> torch.Tensor:
     """Prediction minus target of the network, whose square is the usual loss.
 
     sigma [b]; denoised, clean [b, ...]. eps: n' - n; v: v' - v (arXiv 2202.00512); edm: F' - F (arXiv 2206.00364);

@@ -23,31 +23,60 @@ class SaveCarrier(io.ComfyNode):
             node_id="ConceptSaveCarrier",
             display_name="Save Concept",
             category="concepts/files",
-            description="Writes a concept to one safetensors file that never replaces another. In the embeddings folder it also works "
-                        "as a stock embedding:name.",
+            description="Writes a concept to one safetensors file that never replaces another. In the embeddings "
+            "folder it also works "
+            "as a stock embedding:name.",
             search_aliases=["save embedding", "export concept"],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=[
                 Concept.Input("concept", tooltip="The concept to keep."),
-                io.String.Input("filename", default="", tooltip="File name without folder. Empty: the concept's name. A number is added "
-                                                                "when the name is taken."),
-                io.Combo.Input("folder", options=["concepts", "embeddings"], default="concepts",
-                               tooltip="concepts: output/concepts. embeddings: models/embeddings, where the stock embedding:name finds it."),
-                io.Boolean.Input("training_state", default=True, advanced=True,
-                                 tooltip="Keep the optimiser state, so that learning can continue; the file is about three times as large."),
-                io.Boolean.Input("workflow", default=True, advanced=True,
-                                 tooltip="Keep the workflow inside the file. It may name files of yours."),
+                io.String.Input(
+                    "filename",
+                    default="",
+                    tooltip="File name without folder. Empty: the concept's name. A number is added "
+                    "when the name is taken.",
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=["concepts", "embeddings"],
+                    default="concepts",
+                    tooltip="concepts: output/concepts. embeddings: models/embeddings, where the stock "
+                    "embedding:name finds it.",
+                ),
+                io.Boolean.Input(
+                    "training_state",
+                    default=True,
+                    advanced=True,
+                    tooltip="Keep the optimiser state, so that learning can continue; the file is about three times "
+                    "as large.",
+                ),
+                io.Boolean.Input(
+                    "workflow",
+                    default=True,
+                    advanced=True,
+                    tooltip="Keep the workflow inside the file. It may name files of yours.",
+                ),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="Where the file is, relative to the host's folder.")],
+            outputs=[
+                io.String.Output(display_name="path", tooltip="Where the file is, relative to the host's folder.")
+            ],
         )
 
     @classmethod
     def execute(cls, concept, filename, folder, training_state, workflow) -> io.NodeOutput:
         place = folders.output() if folder == "concepts" else folders.embeddings()
-        notes = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})} if workflow and folders.metadata_allowed() else {}
-        target = write_new(concept if training_state else replace(concept, state={}), place, filename.strip() or concept.name,
-                           {k: json.dumps(v) for k, v in notes.items() if v is not None})
+        notes = (
+            {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
+            if workflow and folders.metadata_allowed()
+            else {}
+        )
+        target = write_new(
+            concept if training_state else replace(concept, state={}),
+            place,
+            filename.strip() or concept.name,
+            {k: json.dumps(v) for k, v in notes.items() if v is not None},
+        )
         shown = f"{folder}/{target.name}"
         return io.NodeOutput(shown, ui={"text": (f"saved {shown}",)})
 
@@ -64,10 +93,19 @@ class LoadCarrier(io.ComfyNode):
             description="Reads a concept saved by this pack, or a Textual Inversion file of A1111, diffusers or kohya.",
             search_aliases=["load embedding", "textual inversion loader"],
             inputs=[
-                io.Combo.Input("file", options=folders.saved(), tooltip="Files in output/concepts, models/concepts and models/embeddings."),
+                io.Combo.Input(
+                    "file",
+                    options=folders.saved(),
+                    tooltip="Files in output/concepts, models/concepts and models/embeddings.",
+                ),
                 io.String.Input("name", default="", tooltip="Another <name> for prompts. Empty: the name in the file."),
             ],
-            outputs=[Concept.Output(display_name="concept", tooltip="Connect to Concept Prompt, a learner's continue_from, or Inspect Concept.")],
+            outputs=[
+                Concept.Output(
+                    display_name="concept",
+                    tooltip="Connect to Concept Prompt, a learner's continue_from, or Inspect Concept.",
+                )
+            ],
         )
 
     @classmethod
@@ -98,13 +136,18 @@ class InspectCarrier(io.ComfyNode):
             node_id="ConceptInspectCarrier",
             display_name="Inspect Concept",
             category="concepts/inspect",
-            description="Shows what a concept holds, how it was learned, the norms of its vectors and the words nearest to them.",
+            description="Shows what a concept holds, how it was learned, the norms of its vectors and the words "
+            "nearest to them.",
             search_aliases=["embedding info", "nearest words", "metadata"],
             is_output_node=True,
             inputs=[
                 Concept.Input("concept", tooltip="The concept to look into."),
                 io.Int.Input("words", default=5, min=1, max=50, tooltip="Nearest words to list per vector."),
-                io.Clip.Input("clip", optional=True, tooltip="Text encoders whose words to compare with; without it only the contents are shown."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Text encoders whose words to compare with; without it only the contents are shown.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The contents as text."),

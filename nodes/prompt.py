@@ -12,23 +12,48 @@ class EncodePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         sockets = io.Autogrow.TemplatePrefix(
-            Concept.Input("concept", tooltip="A concept; write its <name> in the prompt."), prefix="concept", min=0, max=50)
+            Concept.Input("concept", tooltip="A concept; write its <name> in the prompt."),
+            prefix="concept",
+            min=0,
+            max=50,
+        )
         return io.Schema(
             node_id="ConceptEncodePrompt",
             display_name="Concept Prompt",
             category="concepts/use",
-            description="Encodes a prompt in which <name> stands for a learned concept. The result works in any sampler. Without a "
-                        "<name> it equals the stock text encoder bit for bit.",
+            description="Encodes a prompt in which <name> stands for a learned concept. The result works in any "
+            "sampler. Without a "
+            "<name> it equals the stock text encoder bit for bit.",
             search_aliases=["clip text encode", "embedding", "textual inversion prompt"],
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoders of the model the concept was learned on."),
-                io.String.Input("text", default="a photo of <mug>", multiline=True, dynamic_prompts=True,
-                                tooltip="Prompt with <name> for each concept. (<name>:1.2) weighs it like any word; long prompts are split as usual."),
-                io.Float.Input("strength", default=1.0, min=-4.0, max=4.0, step=0.05,
-                               tooltip="0: the plain word the concept started from. 1: as learned. Above 1 exaggerates."),
-                io.Autogrow.Input("concepts", template=sockets, tooltip="Concepts that the prompt may name; sockets grow as you connect."),
+                io.String.Input(
+                    "text",
+                    default="a photo of <mug>",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="Prompt with <name> for each concept. (<name>:1.2) weighs it like any word; long "
+                    "prompts are split as usual.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-4.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="0: the plain word the concept started from. 1: as learned. Above 1 exaggerates.",
+                ),
+                io.Autogrow.Input(
+                    "concepts",
+                    template=sockets,
+                    tooltip="Concepts that the prompt may name; sockets grow as you connect.",
+                ),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="Positive or negative conditioning for any sampler.")],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="Positive or negative conditioning for any sampler."
+                )
+            ],
         )
 
     @classmethod

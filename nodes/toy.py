@@ -17,11 +17,16 @@ class LoadToyWorld(io.ComfyNode):
             display_name="Load Toy World",
             category="concepts/toy",
             description="Loads the embedded toy model: 128 x 128 pictures of simple objects on simple backgrounds. "
-                        "Works with every stock node and needs no download.",
+            "Works with every stock node and needs no download.",
             search_aliases=["tiny model", "test model", "toybox"],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="SD1-type denoiser (noise prediction) for 16 x 16 latents."),
-                io.Clip.Output(display_name="clip", tooltip="Text encoder with CLIP's tokenizer; its words are those of the toy world."),
+                io.Model.Output(
+                    display_name="model", tooltip="SD1-type denoiser (noise prediction) for 16 x 16 latents."
+                ),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="Text encoder with CLIP's tokenizer; its words are those of the toy world.",
+                ),
                 io.Vae.Output(display_name="vae", tooltip="Autoencoder, 8x smaller latents."),
             ],
         )
@@ -40,20 +45,37 @@ class LoadToyReferences(io.ComfyNode):
             node_id="ConceptLoadToyReferences",
             display_name="Load Toy References",
             category="concepts/toy",
-            description="Draws reference pictures of a concept that the toy model has never seen, with masks and captions.",
+            description="Draws reference pictures of a concept that the toy model has never seen, with masks and "
+            "captions.",
             search_aliases=["example images", "toy dataset", "training images"],
             inputs=[
-                io.Combo.Input("subject", options=list(world.NOVEL), default="cross-mug",
-                               tooltip="What is on the pictures: new outlines, emblems, patterns, two-colour objects or a style."),
-                io.Int.Input("count", default=5, min=1, max=64,
-                             tooltip="Number of pictures; backgrounds and positions differ. 3 to 5 are usual for one concept."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF,
-                             tooltip="Another seed gives other pictures of the same concept, for example to judge the result."),
+                io.Combo.Input(
+                    "subject",
+                    options=list(world.NOVEL),
+                    default="cross-mug",
+                    tooltip="What is on the pictures: new outlines, emblems, patterns, two-colour objects or a style.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=5,
+                    min=1,
+                    max=64,
+                    tooltip="Number of pictures; backgrounds and positions differ. 3 to 5 are usual for one concept.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    tooltip="Another seed gives other pictures of the same concept, for example to judge the result.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="Pictures, 128 x 128."),
                 io.Mask.Output(display_name="masks", tooltip="White where the concept is."),
-                io.String.Output(display_name="captions", tooltip="One line per picture with {} in the concept's place."),
+                io.String.Output(
+                    display_name="captions", tooltip="One line per picture with {} in the concept's place."
+                ),
             ],
         )
 

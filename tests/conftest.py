@@ -35,13 +35,16 @@ def host(comfyui) -> Path:
     sys.path.insert(0, str(comfyui))
     kept, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
     import comfy.options
+
     comfy.options.enable_args_parsing()
     import comfy.cli_args  # noqa: F401
+
     sys.argv = kept
     # Importing `nodes` puts comfy/ first on the path, where `utils` is another module than the host's package.
     import utils.install_util  # noqa: F401, I001
     import comfy.sd  # noqa: F401
     import torch
+
     torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
     return comfyui
 

@@ -9,12 +9,39 @@ import pytest
 
 PACK = Path(__file__).resolve().parent.parent
 FLOORS = {"demo": 0, "kernels": 0, "carriers": 1, "host": 2, "nodes": 3}
-COMFYUI = {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "execution", "folder_paths",
-           "latent_preview", "node_helpers", "nodes", "server", "utils"}
+COMFYUI = {
+    "comfy",
+    "comfy_api",
+    "comfy_config",
+    "comfy_execution",
+    "comfy_extras",
+    "execution",
+    "folder_paths",
+    "latent_preview",
+    "node_helpers",
+    "nodes",
+    "server",
+    "utils",
+}
 REACH = {"nodes": {"comfy_api"}, "host": COMFYUI}
 LIBRARIES = {"PIL", "einops", "kornia", "numpy", "safetensors", "torch"}
-BANNED_MODULES = {"ctypes", "ftplib", "http", "importlib", "marshal", "multiprocessing", "pickle", "requests", "shelve",
-                  "smtplib", "socket", "ssl", "subprocess", "urllib", "webbrowser"}
+BANNED_MODULES = {
+    "ctypes",
+    "ftplib",
+    "http",
+    "importlib",
+    "marshal",
+    "multiprocessing",
+    "pickle",
+    "requests",
+    "shelve",
+    "smtplib",
+    "socket",
+    "ssl",
+    "subprocess",
+    "urllib",
+    "webbrowser",
+}
 BANNED_CALLS = {"__import__", "compile", "eval", "exec", "os.execv", "os.popen", "os.startfile", "os.system"}
 BANNED_READS = {"os.environ", "os.environb", "os.getenv", "os.putenv"}
 NODE_ID = re.compile(r"Concept[A-Z][a-z]+[A-Z]\w*")
@@ -24,8 +51,9 @@ def shipped() -> list[Path]:
     """Every Python file that ``.comfyignore`` leaves in the published pack."""
     left_out = tuple((PACK / ".comfyignore").read_text().split())
     files = [*PACK.glob("*.py"), *(path for floor in FLOORS for path in (PACK / floor).rglob("*.py"))]
-    return sorted(path for path in (file.relative_to(PACK) for file in files)
-                  if not path.as_posix().startswith(left_out))
+    return sorted(
+        path for path in (file.relative_to(PACK) for file in files) if not path.as_posix().startswith(left_out)
+    )
 
 
 def tree(path: Path) -> ast.Module:
@@ -37,8 +65,9 @@ def defines_schema(item: ast.stmt) -> bool:
 
 
 FILES = shipped()
-NODE_CLASSES = [(path, item) for path in FILES if path.parts[0] == "nodes"
-                for item in tree(path).body if defines_schema(item)]
+NODE_CLASSES = [
+    (path, item) for path in FILES if path.parts[0] == "nodes" for item in tree(path).body if defines_schema(item)
+]
 
 
 def imports(path: Path) -> list[tuple[int, tuple[str, ...]]]:
@@ -48,7 +77,7 @@ def imports(path: Path) -> list[tuple[int, tuple[str, ...]]]:
         if isinstance(item, ast.Import):
             found += [(item.lineno, tuple(name.name.split("."))) for name in item.names]
         elif isinstance(item, ast.ImportFrom):
-            start = (".", *path.parent.parts[:len(path.parent.parts) - item.level + 1]) if item.level else ()
+            start = (".", *path.parent.parts[: len(path.parent.parts) - item.level + 1]) if item.level else ()
             module = start + tuple((item.module or "").split(".") if item.module else ())
             found += [(item.lineno, (*module, name.name)) for name in item.names]
     return found
@@ -103,7 +132,12 @@ def test_there_are_nodes():
 @pytest.mark.parametrize("path, item", NODE_CLASSES, ids=[item.name for _, item in NODE_CLASSES])
 def test_node_is_found_by_readers_of_source(path, item):
     assert [dotted(base) for base in item.bases] == ["io.ComfyNode"], f"{item.name} must inherit io.ComfyNode directly"
-    ids = [k.value for call in ast.walk(item) if isinstance(call, ast.Call) and dotted(call.func) == "io.Schema"
-           for k in call.keywords if k.arg == "node_id"]
+    ids = [
+        k.value
+        for call in ast.walk(item)
+        if isinstance(call, ast.Call) and dotted(call.func) == "io.Schema"
+        for k in call.keywords
+        if k.arg == "node_id"
+    ]
     assert len(ids) == 1 and isinstance(ids[0], ast.Constant), f"{item.name} needs one literal io.Schema(node_id=...)"
     assert NODE_ID.fullmatch(ids[0].value), f"{ids[0].value} is not Concept<Verb><Noun>"

@@ -31,10 +31,24 @@ def main() -> int:
         (server.folder(place) / name).touch()
     Image.new("RGB", (512, 512), (200, 60, 50)).save(server.folder("input") / "example.png")
     with server:
-        done = subprocess.run(["node", str(Path(__file__).with_name("templates.mjs")), server.url, str(PACK / "workflows"),
-                               str(options.out), "lay-out" if options.lay_out else "open"],
-                              env={"NODE_PATH": str(PACK / ".cache/ui/node_modules"), "PATH": "/usr/bin:/bin:/usr/local/bin", "HOME": "/tmp"},
-                              capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [
+                "node",
+                str(Path(__file__).with_name("templates.mjs")),
+                server.url,
+                str(PACK / "workflows"),
+                str(options.out),
+                "lay-out" if options.lay_out else "open",
+            ],
+            env={
+                "NODE_PATH": str(PACK / ".cache/ui/node_modules"),
+                "PATH": "/usr/bin:/bin:/usr/local/bin",
+                "HOME": "/tmp",
+            },
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
     sys.stderr.write(done.stderr)
     if done.returncode:
         return done.returncode

@@ -33,12 +33,19 @@ def test_names(name):
         Concept(name, "tokens", tokens())
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"kind": "lora"}, "does not know"), ({"tensors": {}}, "no vectors"), ({"tensors": {"clip_l": torch.zeros(2, 8)}}, "shape"),
-    ({"tensors": {"clip_l": torch.zeros(1, 1, 1, 0, 8)}}, "shape"), ({"tensors": {"a.b": torch.zeros(1, 1, 1, 1, 8)}}, "text encoder"),
-    ({"tensors": {"clip_l": torch.full((1, 1, 1, 1, 8), float("nan"))}}, "not finite"), ({"info": {"x": float("inf")}}, "JSON"),
-    ({"info": {"x": object()}}, "JSON"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"kind": "lora"}, "does not know"),
+        ({"tensors": {}}, "no vectors"),
+        ({"tensors": {"clip_l": torch.zeros(2, 8)}}, "shape"),
+        ({"tensors": {"clip_l": torch.zeros(1, 1, 1, 0, 8)}}, "shape"),
+        ({"tensors": {"a.b": torch.zeros(1, 1, 1, 1, 8)}}, "text encoder"),
+        ({"tensors": {"clip_l": torch.full((1, 1, 1, 1, 8), float("nan"))}}, "not finite"),
+        ({"info": {"x": float("inf")}}, "JSON"),
+        ({"info": {"x": object()}}, "JSON"),
+    ],
+)
 def test_what_is_not_a_concept_is_refused(changes, message):
     with pytest.raises(CarrierError, match=message):
         Concept(**{"name": "mug", "kind": "tokens", "tensors": tokens(), **changes})
@@ -46,4 +53,6 @@ def test_what_is_not_a_concept_is_refused(changes, message):
 
 def test_summary_says_what_is_inside():
     text = Concept("mug", "tokens", tokens(), {"loss_last": 0.25}, {"step": torch.tensor(3)}).summary()
-    assert all(part in text for part in ("<mug>", "2 vectors", "8 width", "mean norm", "loss_last: 0.25", "can continue"))
+    assert all(
+        part in text for part in ("<mug>", "2 vectors", "8 width", "mean norm", "loss_last: 0.25", "can continue")
+    )

@@ -37,8 +37,17 @@ from pathlib import Path
 
 def golden() -> Concept:
     rows = torch.arange(16, dtype=torch.float32).reshape(1, 1, 1, 2, 8) / 8
-    return Concept("mug", "tokens", {"clip_l": rows, "clip_g": -rows[..., :1, :]}, {"steps": 3, "seed": 2**64 - 1, "encoders": ["clip_l"]},
-                   {"first.clip_l": rows[0, 0, 0] + 1, "step": torch.tensor(3), "losses": torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64)})
+    return Concept(
+        "mug",
+        "tokens",
+        {"clip_l": rows, "clip_g": -rows[..., :1, :]},
+        {"steps": 3, "seed": 2**64 - 1, "encoders": ["clip_l"]},
+        {
+            "first.clip_l": rows[0, 0, 0] + 1,
+            "step": torch.tensor(3),
+            "losses": torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64),
+        },
+    )
 
 
 def layered() -> Concept:
@@ -49,7 +58,10 @@ def layered() -> Concept:
 def same(a: Concept, b: Concept) -> bool:
     def equal(x, y):
         return x.keys() == y.keys() and all(v.dtype == y[k].dtype and torch.equal(v, y[k]) for k, v in x.items())
-    return (a.name, a.kind, a.info) == (b.name, b.kind, b.info) and equal(a.tensors, b.tensors) and equal(a.state, b.state)
+
+    return (
+        (a.name, a.kind, a.info) == (b.name, b.kind, b.info) and equal(a.tensors, b.tensors) and equal(a.state, b.state)
+    )
 
 
 @pytest.mark.parametrize("made", [golden, layered])
@@ -77,6 +89,7 @@ def test_golden_file_reads_for_ever_and_is_still_written(tmp_path):
 
 def test_the_stock_host_reads_plain_tokens(host, tmp_path):
     from comfy.sd1_clip import load_embed
+
     write_concept(golden(), tmp_path / "mug.safetensors")
     for key, size in (("clip_l", 8), ("clip_g", 8)):
         stock = load_embed("mug", [str(tmp_path)], size, key)
@@ -92,22 +105,33 @@ def mutations(data: bytes, count: int, seed: int):
         kind = number % 8
         if kind in (0, 1):
             place = draw.randrange(header) if kind else at
-            yield data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1:]
+            yield data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
         elif kind == 2:
             yield data[:at]
         elif kind == 3:
-            yield data[:at] + data[at + span:]
+            yield data[:at] + data[at + span :]
         elif kind == 4:
-            yield data[:at] + data[at:at + span] + data[at:]
+            yield data[:at] + data[at : at + span] + data[at:]
         elif kind == 5:
             other = draw.randrange(header, size - span)
             first = draw.randrange(header, size - span)
             low, high = sorted((first, other))
-            yield data[:low] + data[high:high + 8] + data[low + 8:high] + data[low:low + 8] + data[high + 8:]
+            yield data[:low] + data[high : high + 8] + data[low + 8 : high] + data[low : low + 8] + data[high + 8 :]
         elif kind == 6:
             yield draw.choice([draw.randrange(2**63), draw.randrange(header * 2)]).to_bytes(8, "little") + data[8:]
         else:
-            word = draw.choice([b"concepts.format", b"concepts.digest", b"__metadata__", b"clip_l", b"concepts.kind", b"tokens", b"F32", b"data_offsets"])
+            word = draw.choice(
+                [
+                    b"concepts.format",
+                    b"concepts.digest",
+                    b"__metadata__",
+                    b"clip_l",
+                    b"concepts.kind",
+                    b"tokens",
+                    b"F32",
+                    b"data_offsets",
+                ]
+            )
             yield data.replace(word, word[:-1] + bytes([draw.randrange(33, 126)]), 1)
 
 
@@ -123,7 +147,9 @@ def test_damaged_files_are_refused_with_a_sentence(made, tmp_path):
                 assert same(read(path), made()), "a damaged file was read as another concept"
                 untouched += damaged != whole
             except CarrierFileError as error:
-                assert path.name in str(error) and len(str(error)) > 40 and str(error).rstrip(")'\"").endswith((".", "}"))
+                assert (
+                    path.name in str(error) and len(str(error)) > 40 and str(error).rstrip(")'\"").endswith((".", "}"))
+                )
     assert untouched < 10
 
 
@@ -145,12 +171,15 @@ def test_a_full_disk_leaves_the_older_file(tmp_path):
     """The kernel refuses the write itself, as a full disk does."""
     path = tmp_path / "a.safetensors"
     write_concept(golden(), path)
-    code = PREAMBLE + f"""
+    code = (
+        PREAMBLE
+        + f"""
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
 write_concept(Concept("other", "tokens", {{"clip_l": torch.ones(1, 1, 1, 4, 64)}}), Path({str(path)!r}))
 """
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "CarrierFileError" in done.stderr and "unharmed" in done.stderr
     assert same(read_concept(path), golden()) and os.listdir(tmp_path) == [path.name]
@@ -160,11 +189,15 @@ write_concept(Concept("other", "tokens", {{"clip_l": torch.ones(1, 1, 1, 4, 64)}
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     path = tmp_path / "a.safetensors"
-    code = PREAMBLE + f"""
+    code = (
+        PREAMBLE
+        + f"""
 print("ready", flush=True)
 for number in range(10**6):
-    write_concept(Concept(f"n{{number}}", "tokens", {{"clip_l": torch.full((1, 1, 1, 8, 4096), float(number))}}), Path({str(path)!r}))
+    rows = torch.full((1, 1, 1, 8, 4096), float(number))
+    write_concept(Concept(f"n{{number}}", "tokens", {{"clip_l": rows}}), Path({str(path)!r}))
 """
+    )
     draw = random.Random(0)
     for _ in range(4):
         writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -188,9 +221,23 @@ def test_new_files_never_replace(tmp_path):
     assert all(same(read_concept(Path(p)), golden()) for p in written)
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("mug", "mug"), ("mug.safetensors", "mug"), ("../../mug", "_.._mug"), ("a/b\\c:d", "a_b_c_d"), ("CON", "_CON"), ("nul.x", "_nul.x"),
-    ("", "_"), ("...", "_"), ("m\u00fcg", "m_g"), ("x" * 300, "x" * 100), (" a b. ", "a b"), ("\0\n", "__")])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("mug", "mug"),
+        ("mug.safetensors", "mug"),
+        ("../../mug", "_.._mug"),
+        ("a/b\\c:d", "a_b_c_d"),
+        ("CON", "_CON"),
+        ("nul.x", "_nul.x"),
+        ("", "_"),
+        ("...", "_"),
+        ("m\u00fcg", "m_g"),
+        ("x" * 300, "x" * 100),
+        (" a b. ", "a b"),
+        ("\0\n", "__"),
+    ],
+)
 def test_file_names_stay_in_their_folder(name, expected, tmp_path):
     path = write_new(golden(), tmp_path / "sub", name)
     assert path == tmp_path / "sub" / f"{expected}.safetensors" and path.is_file()

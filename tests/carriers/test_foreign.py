@@ -20,7 +20,13 @@ def rows(n=2, width=768, dtype=torch.float32):
 
 
 FILES = {
-    "a1111.pt": {"string_to_token": {"*": 265}, "string_to_param": {"*": rows()}, "name": "my mug!", "step": 500, "sd_checkpoint_name": "v1-5"},
+    "a1111.pt": {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": rows()},
+        "name": "my mug!",
+        "step": 500,
+        "sd_checkpoint_name": "v1-5",
+    },
     "a1111_sdxl.pt": {"clip_l": rows(), "clip_g": rows(width=1280)},
     "diffusers.bin": {"<cat-toy>": rows(1)[0]},
     "diffusers.safetensors": {"<cat-toy>": rows(3)},
@@ -40,6 +46,7 @@ def store(content, path):
 @pytest.mark.parametrize("file", FILES)
 def test_equals_what_the_stock_host_reads(file, host, tmp_path):
     from comfy.sd1_clip import load_embed
+
     path = store(FILES[file], tmp_path / file)
     concept = read_any(path)
     assert concept.info["source"]
@@ -48,16 +55,26 @@ def test_equals_what_the_stock_host_reads(file, host, tmp_path):
         assert torch.equal(value[0, 0, 0], stock.reshape(-1, WIDTHS[key]).float())
 
 
-@pytest.mark.parametrize("file, name, keys", [
-    ("a1111.pt", "my_mug", ["clip_l"]), ("diffusers.bin", "cat-toy", ["clip_l"]), ("kohya.safetensors", "kohya", ["clip_l"]),
-    ("kohya_sdxl.safetensors", "kohya_sdxl", ["clip_g", "clip_l"]), ("sd2.safetensors", "sd2", ["clip_h"])])
+@pytest.mark.parametrize(
+    "file, name, keys",
+    [
+        ("a1111.pt", "my_mug", ["clip_l"]),
+        ("diffusers.bin", "cat-toy", ["clip_l"]),
+        ("kohya.safetensors", "kohya", ["clip_l"]),
+        ("kohya_sdxl.safetensors", "kohya_sdxl", ["clip_g", "clip_l"]),
+        ("sd2.safetensors", "sd2", ["clip_h"]),
+    ],
+)
 def test_names_and_encoders(file, name, keys, tmp_path):
     concept = read_any(store(FILES[file], tmp_path / file))
     assert concept.name == name and sorted(concept.tensors) == keys
 
 
 def test_a_lora_with_a_bundled_embedding(tmp_path):
-    path = store({"lora_unet_x.lora_up.weight": torch.zeros(4, 4), "bundle_emb.mug.string_to_param.*": rows()}, tmp_path / "lora.safetensors")
+    path = store(
+        {"lora_unet_x.lora_up.weight": torch.zeros(4, 4), "bundle_emb.mug.string_to_param.*": rows()},
+        tmp_path / "lora.safetensors",
+    )
     concept = read_any(path)
     assert concept.name == "mug" and torch.equal(concept.tensors["clip_l"][0, 0, 0], rows())
     path = store({"bundle_emb.a.clip_l": rows(), "bundle_emb.b.clip_l": rows()}, tmp_path / "two.safetensors")
@@ -65,9 +82,15 @@ def test_a_lora_with_a_bundled_embedding(tmp_path):
         read_any(path)
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"x": torch.zeros(1, 77)}, "width 77"), ({"a.lora_up": torch.zeros(4, 4), "a.lora_down": torch.zeros(4, 4)}, "not a Textual Inversion file"),
-    ({"model.weight": torch.zeros(2, 2, 2)}, "not a Textual Inversion file"), ({"clip_l": torch.full((1, 768), float("inf"))}, "not finite")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"x": torch.zeros(1, 77)}, "width 77"),
+        ({"a.lora_up": torch.zeros(4, 4), "a.lora_down": torch.zeros(4, 4)}, "not a Textual Inversion file"),
+        ({"model.weight": torch.zeros(2, 2, 2)}, "not a Textual Inversion file"),
+        ({"clip_l": torch.full((1, 768), float("inf"))}, "not finite"),
+    ],
+)
 def test_other_files_are_refused(content, message, tmp_path):
     with pytest.raises(CarrierFileError, match=message):
         read_any(store(content, tmp_path / "x.safetensors"))
@@ -111,8 +134,14 @@ def test_damage_is_a_typed_error_or_a_valid_concept(file, tmp_path):
     path = store(FILES[file], tmp_path / file)
     whole = path.read_bytes()
     draw = random.Random(1)
-    damaged = list(mutations(whole, 300, 2)) if file.endswith("s") else [
-        whole[:i] + bytes([draw.randrange(256)]) + whole[i + 1:] for i in (draw.randrange(len(whole)) for _ in range(300))]
+    damaged = (
+        list(mutations(whole, 300, 2))
+        if file.endswith("s")
+        else [
+            whole[:i] + bytes([draw.randrange(256)]) + whole[i + 1 :]
+            for i in (draw.randrange(len(whole)) for _ in range(300))
+        ]
+    )
     for content in damaged:
         path.write_bytes(content)
         try:

@@ -60,8 +60,10 @@ def test_a_wrong_description_scores_low(judge, fresh):
     lies = [{n: v[(v.index(d[n]) + 1) % len(v)] for n, v in judging.CLASSES.items()} for d in described(scenes)]
     wrong = measure.following(judge, pictures[:60], lies)
     assert right.mean() > 0.97 and wrong.mean() < 0.05
-    half = [{**d, "colour": w["colour"], "pattern": w["pattern"], "size": w["size"]}
-            for d, w in zip(described(scenes), lies, strict=True)]
+    half = [
+        {**d, "colour": w["colour"], "pattern": w["pattern"], "size": w["size"]}
+        for d, w in zip(described(scenes), lies, strict=True)
+    ]
     assert measure.following(judge, pictures[:60], half).mean() == pytest.approx(0.5, abs=0.04)
 
 
@@ -104,13 +106,16 @@ def test_interval_holds_its_level():
     assert 0.82 <= inside / 200 <= 0.96
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda j: j.factors(torch.zeros(1, 64, 64, 3)), "128"),
-    (lambda j: measure.following(j, torch.zeros(1, 128, 128, 3), [{"shape": "cup"}]), "mug"),
-    (lambda j: measure.following(j, torch.zeros(2, 128, 128, 3), [{}]), "2 pictures"),
-    (lambda j: measure.bootstrap([]), "at least one"),
-    (lambda j: measure.bootstrap([1.0, 2.0], clusters=["a"]), "1 cluster"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda j: j.factors(torch.zeros(1, 64, 64, 3)), "128"),
+        (lambda j: measure.following(j, torch.zeros(1, 128, 128, 3), [{"shape": "cup"}]), "mug"),
+        (lambda j: measure.following(j, torch.zeros(2, 128, 128, 3), [{}]), "2 pictures"),
+        (lambda j: measure.bootstrap([]), "at least one"),
+        (lambda j: measure.bootstrap([1.0, 2.0], clusters=["a"]), "1 cluster"),
+    ],
+)
 def test_mistakes_are_explained(judge, call, words):
     with pytest.raises(ValueError, match=words):
         call(judge)

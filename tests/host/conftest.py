@@ -10,6 +10,7 @@ def toy(host, tmp_path_factory):
     import folder_paths
 
     from concepts.host import folders, toybox
+
     base = tmp_path_factory.mktemp("toy")
     folder_paths.set_output_directory(str(base / "output"))
     (base / "embeddings").mkdir()
@@ -25,8 +26,13 @@ def mug_set(toy):
     from concepts.demo import world
     from concepts.host.concept_set import make_set
     from concepts.host.pictures import batch
+
     scenes = world.references("cross-mug", 5, 0)
     drawn = [world.render(s) for s in scenes]
     with torch.inference_mode():
-        return make_set(toy[2], [batch([p for p, _ in drawn])], [batch([m for _, m in drawn])],
-                        [world.reference_caption(s, "{}") for s in scenes])
+        return make_set(
+            toy[2],
+            [batch([p for p, _ in drawn])],
+            [batch([m for _, m in drawn])],
+            [world.reference_caption(s, "{}") for s in scenes],
+        )

@@ -8,6 +8,7 @@ pytestmark = pytest.mark.usefixtures("host")
 
 def build(toy, images, masks=(), texts=(), **more):
     from concepts.host.concept_set import make_set
+
     with torch.inference_mode():
         return make_set(toy[2], list(images), list(masks), list(texts), **more)
 
@@ -18,6 +19,7 @@ def picture(height=128, width=128, n=1, seed=0):
 
 def test_latents_are_those_of_the_stock_node(toy):
     import nodes
+
     image = picture()
     with torch.inference_mode():
         expected = nodes.VAEEncode().encode(toy[2], image)[0]["samples"]
@@ -29,7 +31,10 @@ def test_any_sizes_become_buckets(toy):
     made = build(toy, [picture(128, 128, 2), picture(100, 140), picture(133, 129)])
     assert [tuple(z.shape[1:]) for z in made.latents] == [(16, 16), (16, 16), (12, 17), (16, 16)]
     assert made.buckets() == [[0, 1, 3], [2]]
-    assert {tuple(made.latents[i].shape) for i in made.draw(4, torch.Generator().manual_seed(0))[0]} in ({(12, 16, 16)}, {(12, 12, 17)})
+    assert {tuple(made.latents[i].shape) for i in made.draw(4, torch.Generator().manual_seed(0))[0]} in (
+        {(12, 16, 16)},
+        {(12, 12, 17)},
+    )
 
 
 def test_resolution_keeps_the_shape(toy):
@@ -47,27 +52,32 @@ def test_masks_follow_the_picture(toy):
     assert torch.equal(right, left.flip(-1))
 
 
-@pytest.mark.parametrize("texts, count, expected", [
-    ([], 3, None), (["a {} here"], 3, ["a {} here"] * 3), (["<x> a", "b <x>"], 2, ["{} a", "b {}"])])
+@pytest.mark.parametrize(
+    "texts, count, expected",
+    [([], 3, None), (["a {} here"], 3, ["a {} here"] * 3), (["<x> a", "b <x>"], 2, ["{} a", "b {}"])],
+)
 def test_captions(toy, texts, count, expected):
     made = build(toy, [picture(n=count)], texts=texts)
     assert len(made.captions) == count
     if expected is None:
         assert all("{}" in t for options in made.captions for t in options) and len(made.captions[0]) > 1
     else:
-        assert [c for c, in made.captions] == expected
+        assert [c for (c,) in made.captions] == expected
 
 
-@pytest.mark.parametrize("images, masks, texts, message", [
-    ([], [], [], "no pictures"),
-    ([(3,)], [torch.ones(2, 8, 8)], [], "3 pictures and 2 masks"),
-    ([(1,)], [torch.zeros(1, 8, 8)], [], "empty"),
-    ([(3,)], [], ["{} a", "{} b"], "3 pictures and 2 captions"),
-    ([(1,)], [], ["a mug"], "write <name>"),
-])
+@pytest.mark.parametrize(
+    "images, masks, texts, message",
+    [
+        ([], [], [], "no pictures"),
+        ([(3,)], [torch.ones(2, 8, 8)], [], "3 pictures and 2 masks"),
+        ([(1,)], [torch.zeros(1, 8, 8)], [], "empty"),
+        ([(3,)], [], ["{} a", "{} b"], "3 pictures and 2 captions"),
+        ([(1,)], [], ["a mug"], "write <name>"),
+    ],
+)
 def test_what_does_not_match_is_refused(toy, images, masks, texts, message):
     with pytest.raises(ValueError, match=message):
-        build(toy, [picture(n=n) for n, in images], masks, texts)
+        build(toy, [picture(n=n) for (n,) in images], masks, texts)
 
 
 def test_draws_depend_on_the_seed_alone(toy):

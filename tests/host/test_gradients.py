@@ -16,6 +16,7 @@ def loss_and_gradient(made, context, patched=False):
     from concepts.host.gradients import ordinary
     from concepts.host.text import Prompts, encoders
     from concepts.kernels.losses import residual
+
     with context:
         model = made.model
         if patched:
@@ -41,6 +42,7 @@ def out_of_place(model, clip):
     import comfy.model_management as management
 
     from concepts.host.gradients import thaw
+
     with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
         for patcher in (model, clip.patcher):
             thaw(patcher)
@@ -63,6 +65,7 @@ def relative(a, b):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_is_exact(family, checkpointing):
     from concepts.host.gradients import training
+
     made = tiny(family)
     patched = family in ("sd15", "sdxl")
     loss, grad = loss_and_gradient(made, training(made.model, made.clip.patcher, checkpointing=checkpointing), patched)
@@ -77,6 +80,7 @@ def test_the_model_samples_bit_equally_afterwards(family):
     import comfy.sample
 
     from concepts.host.gradients import training
+
     made = tiny(family)
 
     def sample():
@@ -84,7 +88,9 @@ def test_the_model_samples_bit_equally_afterwards(family):
             cond = made.clip.encode_from_tokens_scheduled(made.clip.tokenize("a photo of a mug"))
             latent = torch.zeros(1, *made.latent.shape)
             noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(7))
-            return comfy.sample.sample(made.model, noise, 3, 2.0, "euler", "simple", cond, cond, latent, seed=0, disable_pbar=True)
+            return comfy.sample.sample(
+                made.model, noise, 3, 2.0, "euler", "simple", cond, cond, latent, seed=0, disable_pbar=True
+            )
 
     before = sample()
     flags = [p.requires_grad for p in made.model.model.parameters()]
@@ -99,6 +105,7 @@ def test_the_model_samples_bit_equally_afterwards(family):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
 def test_small_weight_types_give_the_same_direction(dtype):
     from concepts.host.gradients import training
+
     exact = tiny("sd15")
     small = tiny("sd15", dtype=getattr(torch, dtype), cast=torch.float32)
     _, a = loss_and_gradient(exact, training(exact.model, exact.clip.patcher))
@@ -112,6 +119,7 @@ def test_finite_differences_agree():
     from concepts.host.denoise import Denoiser, sigmas_at
     from concepts.host.gradients import training
     from concepts.host.text import Prompts
+
     made = tiny("sd15")
     with training(made.model, made.clip.patcher):
         d = Denoiser(made.model)

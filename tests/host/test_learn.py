@@ -15,22 +15,35 @@ pytestmark = pytest.mark.usefixtures("host")
 
 def settings(**changes):
     from concepts.host.learn import TokenSettings
+
     return replace(TokenSettings("mug", steps=4, vectors=2, init_text="mug", batch=2), **changes)
 
 
 def learn(toy, data, earlier=None, checkpointing="off", **changes):
     """One run as a node does it, in inference mode."""
     from concepts.host.learn import learn_tokens
+
     with torch.inference_mode():
-        return learn_tokens(toy[0], toy[1], data, settings(**changes), earlier=earlier, preview_every=2, save_every=2,
-                            checkpointing=checkpointing)
+        return learn_tokens(
+            toy[0],
+            toy[1],
+            data,
+            settings(**changes),
+            earlier=earlier,
+            preview_every=2,
+            save_every=2,
+            checkpointing=checkpointing,
+        )
 
 
 def weights(toy) -> dict[str, torch.Tensor]:
     """Every weight and buffer of model and text encoder, copied."""
     parts = {"model": toy[0].model, "clip": toy[1].cond_stage_model}
-    return {f"{n}.{k}": v.detach().clone() for n, part in parts.items()
-            for k, v in [*part.named_parameters(), *part.named_buffers()]}
+    return {
+        f"{n}.{k}": v.detach().clone()
+        for n, part in parts.items()
+        for k, v in [*part.named_parameters(), *part.named_buffers()]
+    }
 
 
 def same(a, b) -> bool:
@@ -40,20 +53,31 @@ def same(a, b) -> bool:
 def sampled(toy) -> torch.Tensor:
     """What the stock sampler draws for a fixed prompt and seed."""
     import comfy.sample
+
     with torch.inference_mode():
         cond = toy[1].encode_from_tokens_scheduled(toy[1].tokenize("a red mug on sand"))
         noise = torch.randn(1, 12, 16, 16, generator=torch.Generator().manual_seed(7))
-        return comfy.sample.sample(toy[0], noise, 4, 2.0, "euler", "normal", cond, cond, torch.zeros_like(noise), seed=0, disable_pbar=True)
+        return comfy.sample.sample(
+            toy[0], noise, 4, 2.0, "euler", "normal", cond, cond, torch.zeros_like(noise), seed=0, disable_pbar=True
+        )
 
 
 @pytest.mark.parametrize("geometry", ["free", "fixed norm"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_continued_equals_one_run(toy, mug_set, geometry, accumulate, tmp_path):
     from concepts.carriers.files import write_concept
+
     whole = learn(toy, mug_set, steps=5, geometry=geometry, accumulate=accumulate)
     first = learn(toy, mug_set, steps=3, geometry=geometry, accumulate=accumulate)
     write_concept(first.concept, tmp_path / "first.safetensors")
-    rest = learn(toy, mug_set, earlier=read_concept(tmp_path / "first.safetensors"), steps=2, geometry=geometry, accumulate=accumulate)
+    rest = learn(
+        toy,
+        mug_set,
+        earlier=read_concept(tmp_path / "first.safetensors"),
+        steps=2,
+        geometry=geometry,
+        accumulate=accumulate,
+    )
     assert same(whole.concept.tensors, rest.concept.tensors)
     assert same(whole.concept.state, rest.concept.state)
     assert whole.losses == rest.losses and len(whole.losses) == 5
@@ -76,10 +100,12 @@ def test_interrupts_keep_the_concept_and_the_host(toy, mug_set, monkeypatch):
     import comfy.model_management as management
 
     from concepts.host import learn as learning
+
     before, picture, fresh = weights(toy), sampled(toy), learn(toy, mug_set, steps=12)
     flags = [p.requires_grad for p in toy[0].model.parameters()]
     show = learning.Progress.show
     for stop in sorted(random.Random(5).sample(range(1, 12), 10)):
+
         def pressed(self, done, latent=None, stop=stop):
             if done == stop:
                 management.interrupt_current_processing()  # what the Cancel button does
@@ -111,6 +137,7 @@ def test_a_diverging_run_keeps_the_last_good_state(toy, mug_set):
     with pytest.raises(Diverged, match="lower learning rate") as error:
         learn(toy, mug_set, steps=20, learning_rate=1e30)
     from concepts.host import folders
+
     name = next(w for w in str(error.value).split() if w.startswith("mug-"))
     kept = read_concept(folders.output("autosave") / name)
     assert 0 < kept.info["steps"] < 20
@@ -119,6 +146,7 @@ def test_a_diverging_run_keeps_the_last_good_state(toy, mug_set):
 def test_a_full_disk_does_not_end_the_learning(toy, mug_set, monkeypatch, tmp_path):
     from concepts.host import learn as learning
     from concepts.host.report import learned_text
+
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setattr(learning.folders, "output", lambda *inner: tmp_path / "file")
     done = learn(toy, mug_set)
@@ -126,12 +154,15 @@ def test_a_full_disk_does_not_end_the_learning(toy, mug_set, monkeypatch, tmp_pa
     assert "NOT SAVED" in learned_text(done)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"encoders": ("clip_g",)}, "clip_l"),
-    ({"time_low": 0.6, "time_high": 0.4}, "timestep range"),
-    ({"name": "a mug"}, "letters, digits"),
-    ({"init_text": ""}, "class word"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"encoders": ("clip_g",)}, "clip_l"),
+        ({"time_low": 0.6, "time_high": 0.4}, "timestep range"),
+        ({"name": "a mug"}, "letters, digits"),
+        ({"init_text": ""}, "class word"),
+    ],
+)
 def test_wrong_settings_say_what_to_do(toy, mug_set, changes, message):
     with pytest.raises(ValueError, match=message):
         learn(toy, mug_set, **changes)

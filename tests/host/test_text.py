@@ -10,8 +10,15 @@ from concepts.carriers.files import write_concept
 from .tiny import FAMILIES, clip
 
 pytestmark = pytest.mark.usefixtures("host")
-PLAIN = ["", "a red mug on sand", "a (red:1.3) mug, ((large))", "a mug " * 60, r"a \(red\) mug", "embedding:nothing-here on sand",
-         "a < b > c, <>, < mug >"]
+PLAIN = [
+    "",
+    "a red mug on sand",
+    "a (red:1.3) mug, ((large))",
+    "a mug " * 60,
+    r"a \(red\) mug",
+    "embedding:nothing-here on sand",
+    "a < b > c, <>, < mug >",
+]
 
 
 def rows(encoders, n=2, seed=0) -> dict[str, torch.Tensor]:
@@ -21,6 +28,7 @@ def rows(encoders, n=2, seed=0) -> dict[str, torch.Tensor]:
 
 def concept(clip, name="mug", n=2, seed=0, **info) -> Concept:
     from concepts.host.text import encoders
+
     return Concept(name, "tokens", rows(encoders(clip), n, seed), {"init_text": "mug", **info})
 
 
@@ -31,12 +39,17 @@ def stock(clip, text):
 
 def ours(clip, text, *concepts):
     from concepts.host.text import encode_prompt
+
     with torch.inference_mode():
         return encode_prompt(clip, text, [c if isinstance(c, tuple) else (c, 1.0) for c in concepts])
 
 
 def equal(a, b) -> bool:
-    pairs = [(x, y) for (x, p), (y, q) in zip(a, b, strict=True) for x, y in [(x, y), (p.get("pooled_output"), q.get("pooled_output"))]]
+    pairs = [
+        (x, y)
+        for (x, p), (y, q) in zip(a, b, strict=True)
+        for x, y in [(x, y), (p.get("pooled_output"), q.get("pooled_output"))]
+    ]
     return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
@@ -59,9 +72,13 @@ def test_equals_the_stock_embedding_of_the_saved_file(family, tmp_path):
     for tokenizer in vars(family.tokenizer).values():
         if hasattr(tokenizer, "embedding_directory"):
             tokenizer.embedding_directory = [str(tmp_path)]
-    pairs = [("a photo of <mug> on sand", "a photo of embedding:learned on sand"), ("<mug>", "embedding:learned"),
-             ("a (<mug>:1.3) and (red <mug>)", "a (embedding:learned:1.3) and (red embedding:learned)"),
-             ("<mug>, on sand", "embedding:learned , on sand"), ("word " * 80 + "<mug>", "word " * 80 + "embedding:learned")]
+    pairs = [
+        ("a photo of <mug> on sand", "a photo of embedding:learned on sand"),
+        ("<mug>", "embedding:learned"),
+        ("a (<mug>:1.3) and (red <mug>)", "a (embedding:learned:1.3) and (red embedding:learned)"),
+        ("<mug>, on sand", "embedding:learned , on sand"),
+        ("word " * 80 + "<mug>", "word " * 80 + "embedding:learned"),
+    ]
     for mine, theirs in pairs:
         result = ours(family, mine, learned)
         assert equal(result, stock(family, theirs)), mine
@@ -114,7 +131,8 @@ def test_a_concept_of_another_model_is_refused(toy):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_start_rows(toy, init, count):
     from concepts.host.text import encoders, start_rows
-    encoder, = encoders(toy[1])
+
+    (encoder,) = encoders(toy[1])
     start = start_rows(encoder, init, "a red mug", count, torch.Generator().manual_seed(0))
     assert start.shape == (count, 64) and start.dtype == torch.float32
     assert len(start.unique(dim=0)) == count
@@ -126,6 +144,11 @@ def test_start_rows(toy, init, count):
 
 def test_every_family_lists_its_encoders(host):
     from concepts.host.text import encoders
+
     keys = {f: [e.key for e in encoders(clip(f))] for f in FAMILIES}
-    assert keys["sd15"] == ["clip_l"] and set(keys["sdxl"]) == {"clip_l", "clip_g"} and set(keys["flux"]) == {"clip_l", "t5xxl"}
+    assert (
+        keys["sd15"] == ["clip_l"]
+        and set(keys["sdxl"]) == {"clip_l", "clip_g"}
+        and set(keys["flux"]) == {"clip_l", "t5xxl"}
+    )
     assert len(keys["sd2"]) == 1 and set(keys["sd3"]) >= {"clip_l", "clip_g"}

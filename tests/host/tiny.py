@@ -1,5 +1,6 @@
 """Tiny random models of the host's own classes, one per family: forward, gradient and sampling code is the real one."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,27 @@ def fill(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def _unet(cls, context: int, dtype, **more) -> dict:
-    return dict(image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 2],
-                transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1], transformer_depth_middle=1,
-                context_dim=context, use_spatial_transformer=True, legacy=False, use_linear_in_transformer=False,
-                adm_in_channels=None, use_temporal_attention=False, use_temporal_resblock=False) | more
+    return (
+        dict(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=[1, 1],
+            channel_mult=[1, 2],
+            transformer_depth=[1, 1],
+            transformer_depth_output=[1, 1, 1, 1],
+            transformer_depth_middle=1,
+            context_dim=context,
+            use_spatial_transformer=True,
+            legacy=False,
+            use_linear_in_transformer=False,
+            adm_in_channels=None,
+            use_temporal_attention=False,
+            use_temporal_resblock=False,
+        )
+        | more
+    )
 
 
 def model(family: str, dtype=torch.float32, cast=None):
@@ -46,30 +64,73 @@ def model(family: str, dtype=torch.float32, cast=None):
     import comfy.model_base as base
     import comfy.model_patcher
     import comfy.supported_models as known
+
     cpu = torch.device("cpu")
     if family in ("sd15", "sd2"):
         cls = known.SD15 if family == "sd15" else known.SD20
         config = cls(_unet(cls, 64 if family == "sd15" else 64, dtype))
         config.unet_config["num_heads"], config.unet_config["num_head_channels"] = 4, -1
-        make = lambda: base.BaseModel(config, model_type=base.ModelType.EPS if family == "sd15" else base.ModelType.V_PREDICTION,  # noqa: E731
-                                      device=cpu)
+        kind = base.ModelType.EPS if family == "sd15" else base.ModelType.V_PREDICTION
+        make = functools.partial(base.BaseModel, config, model_type=kind, device=cpu)
     elif family == "sdxl":
-        config = known.SDXL(_unet(known.SDXL, 96, dtype, transformer_depth=[0, 2], transformer_depth_output=[0, 0, 2, 2],
-                                  transformer_depth_middle=2, use_linear_in_transformer=True, adm_in_channels=32 + 6 * 256,
-                                  num_classes="sequential"))
+        config = known.SDXL(
+            _unet(
+                known.SDXL,
+                96,
+                dtype,
+                transformer_depth=[0, 2],
+                transformer_depth_output=[0, 0, 2, 2],
+                transformer_depth_middle=2,
+                use_linear_in_transformer=True,
+                adm_in_channels=32 + 6 * 256,
+                num_classes="sequential",
+            )
+        )
         config.unet_config["num_head_channels"] = 16
-        make = lambda: base.SDXL(config, device=cpu)  # noqa: E731
+        make = functools.partial(base.SDXL, config, device=cpu)
     elif family == "sd3":
-        config = known.SD3(dict(in_channels=16, patch_size=2, out_channels=16, depth=2, input_size=None, adm_in_channels=96,
-                                context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}},
-                                num_patches=256, pos_embed_max_size=16, pos_embed_scaling_factor=None, x_block_self_attn_layers=[],
-                                qk_norm=None))
-        make = lambda: base.SD3(config, device=cpu)  # noqa: E731
+        config = known.SD3(
+            dict(
+                in_channels=16,
+                patch_size=2,
+                out_channels=16,
+                depth=2,
+                input_size=None,
+                adm_in_channels=96,
+                context_embedder_config={
+                    "target": "torch.nn.Linear",
+                    "params": {"in_features": 4096, "out_features": 128},
+                },
+                num_patches=256,
+                pos_embed_max_size=16,
+                pos_embed_scaling_factor=None,
+                x_block_self_attn_layers=[],
+                qk_norm=None,
+            )
+        )
+        make = functools.partial(base.SD3, config, device=cpu)
     else:
-        config = known.Flux(dict(image_model="flux", in_channels=16, out_channels=16, patch_size=2, vec_in_dim=64, context_in_dim=64,
-                                 hidden_size=64, mlp_ratio=4.0, num_heads=4, depth=3, depth_single_blocks=3, axes_dim=[4, 6, 6],
-                                 theta=10000, qkv_bias=True, guidance_embed=True, txt_ids_dims=[]))
-        make = lambda: base.Flux(config, device=cpu)  # noqa: E731
+        config = known.Flux(
+            dict(
+                image_model="flux",
+                in_channels=16,
+                out_channels=16,
+                patch_size=2,
+                vec_in_dim=64,
+                context_in_dim=64,
+                hidden_size=64,
+                mlp_ratio=4.0,
+                num_heads=4,
+                depth=3,
+                depth_single_blocks=3,
+                axes_dim=[4, 6, 6],
+                theta=10000,
+                qkv_bias=True,
+                guidance_embed=True,
+                txt_ids_dims=[],
+            )
+        )
+        make = functools.partial(base.Flux, config, device=cpu)
     config.set_inference_dtype(dtype, cast)
     built = make()
     fill(built.diffusion_model)
@@ -85,6 +146,7 @@ def clip(family: str):
     import comfy.text_encoders.flux as flux
     import comfy.text_encoders.sd2_clip as sd2
     import comfy.text_encoders.sd3_clip as sd3
+
     kinds = {
         "sd15": lambda: (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
         "sd2": lambda: (sd2.SD2Tokenizer, sd2.SD2ClipModel),
@@ -93,8 +155,16 @@ def clip(family: str):
         "flux": lambda: (flux.FluxTokenizer, flux.flux_clip(dtype_t5=torch.float32)),
     }
     cpu = torch.device("cpu")
-    options = {"clip_l_model_config": CLIP_L, "clip_h_model_config": CLIP_L, "clip_g_model_config": CLIP_G, "t5xxl_model_config": T5,
-               "dtype": torch.float32, "load_device": cpu, "offload_device": cpu, "initial_device": cpu}
+    options = {
+        "clip_l_model_config": CLIP_L,
+        "clip_h_model_config": CLIP_L,
+        "clip_g_model_config": CLIP_G,
+        "t5xxl_model_config": T5,
+        "dtype": torch.float32,
+        "load_device": cpu,
+        "offload_device": cpu,
+        "initial_device": cpu,
+    }
     built = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(*kinds[family]()), model_options=options)
     fill(built.cond_stage_model, 5)
     return built
@@ -104,5 +174,8 @@ def tiny(family: str, **kwargs) -> Tiny:
     """Model, text encoders and a latent, all made in inference mode as the host's nodes do."""
     with torch.inference_mode():
         channels = 4 if family in ("sd15", "sd2", "sdxl") else 16
-        return Tiny(model(family, **kwargs), clip(family),
-                    torch.randn(channels, 8, 8, generator=torch.Generator().manual_seed(3)))
+        return Tiny(
+            model(family, **kwargs),
+            clip(family),
+            torch.randn(channels, 8, 8, generator=torch.Generator().manual_seed(3)),
+        )

@@ -10,8 +10,10 @@ from concepts.kernels.losses import masked_mse, residual
 def test_draws_depend_on_every_part_and_leave_the_global_generator_alone():
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    values = {key: float(torch.rand(1, generator=generator(*key)))
-              for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]}
+    values = {
+        key: float(torch.rand(1, generator=generator(*key)))
+        for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]
+    }
     assert len(set(values.values())) == 4
     assert float(torch.rand(1, generator=generator(0, 0, "a"))) == values[0, 0, "a"]
     assert torch.equal(state, torch.get_rng_state())

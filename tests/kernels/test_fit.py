@@ -78,9 +78,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(bad):
         return p["a"].square().sum() * (bad if step == 4 else 1.0)
 
     with pytest.raises(Diverged, match="step 5"):
-        for step in fit(parameters, loss, Adam(0.1), 10):
+        for done in fit(parameters, loss, Adam(0.1), 10):
+            number = done.number
             seen.append(parameters["a"].detach().clone())
-    assert step.number == 4
+    assert number == 4
     assert torch.equal(parameters["a"].detach(), seen[-1])
     assert parameters["a"].grad is None
 
@@ -95,7 +96,8 @@ def test_an_error_inside_the_loss_leaves_the_last_finished_step():
 
     steps = fit(parameters, loss, Adam(0.1), 10)
     with pytest.raises(KeyboardInterrupt):
-        for last in steps:
+        for done in steps:
+            last = done
             kept = parameters["a"].detach().clone()
     assert last.number == 3 and int(last.state["step"]) == 3
     assert torch.equal(parameters["a"].detach(), kept)

@@ -45,7 +45,9 @@ def test_learn_and_use(client, server):
     made = graph("1_", steps=8, preview_every=2)
     result = run(client, made)
     learner = keys(made, "ConceptLearnTokens")[0]
-    shown = [e["data"]["value"] for e in result["events"] if e["type"] == "progress" and str(e["data"]["node"]) == learner]
+    shown = [
+        e["data"]["value"] for e in result["events"] if e["type"] == "progress" and str(e["data"]["node"]) == learner
+    ]
     assert shown == list(range(1, 9))
     assert len(result["previews"]) >= 4
     text = result["outputs"][learner]["text"][0]
@@ -77,7 +79,10 @@ def test_a_saved_file_is_a_stock_embedding(client):
     first = run(client, made)
     assert first["outputs"]["10"]["text"][0] == "saved embeddings/stocked.safetensors"
     stock = {k: copy.deepcopy(made[k]) for k in ("1", "11", "12", "14", "15", "16")}
-    stock["13"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a big embedding:stocked on sand"}}
+    stock["13"] = {
+        "class_type": "CLIPTextEncode",
+        "inputs": {"clip": ["1", 1], "text": "a big embedding:stocked on sand"},
+    }
     assert (pixels(client, first, "16") == pixels(client, run(client, stock), "16")).all()
 
 
@@ -100,7 +105,7 @@ def test_cancel_keeps_the_concept_and_the_next_run_is_fresh(client, server):
             client.interrupt()
 
     assert client.queue(made, on_event=cancel)["status"] == "interrupted"
-    kept, = (server.folder("output") / "concepts" / "autosave").glob("cancelled-*.safetensors")
+    (kept,) = (server.folder("output") / "concepts" / "autosave").glob("cancelled-*.safetensors")
     partial = read_concept(kept)
     assert pressed[0] <= partial.info["steps"] < 4000
     again = learning("again", seed=5)
@@ -125,7 +130,9 @@ def test_the_stock_loss_graph_takes_the_losses(client):
     assert run(client, made)["outputs"]["21"]["images"]
 
 
-@pytest.mark.parametrize("file", ["concepts/../../secret", "concepts//etc/passwd", "elsewhere/x.safetensors", "concepts/gone.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["concepts/../../secret", "concepts//etc/passwd", "elsewhere/x.safetensors", "concepts/gone.safetensors"]
+)
 def test_files_outside_the_list_are_refused(client, file):
     made = {k: v for k, v in graph("2_").items() if k in ("1", "2", "3", "4")}
     made["2"]["inputs"]["file"] = file
@@ -141,9 +148,15 @@ def test_an_unknown_name_says_what_is_connected(client):
     assert "<typo>" in result["error"]["exception_message"] and "<cross-mug>" in result["error"]["exception_message"]
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"init_text": ""}, "class word"), ({"use_clip_l": False}, "clip_l"), ({"timestep_low": 0.9, "timestep_high": 0.1}, "timestep range"),
-    ({"name": "two words"}, "letters, digits")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"init_text": ""}, "class word"),
+        ({"use_clip_l": False}, "clip_l"),
+        ({"timestep_low": 0.9, "timestep_high": 0.1}, "timestep range"),
+        ({"name": "two words"}, "letters, digits"),
+    ],
+)
 def test_wrong_inputs_of_the_learner_say_what_to_do(client, change, message):
     result = client.queue(learning("wrong", **change))
     assert result["status"] in ("error", "invalid")

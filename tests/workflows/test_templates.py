@@ -34,7 +34,9 @@ def as_api(workflow: dict) -> dict:
 
 def test_every_graph_has_a_template_and_a_thumbnail():
     assert len(NAMES) >= 3
-    assert NAMES == sorted(p.stem for p in (FOLDER / "api").glob("*.json")) == sorted(p.stem for p in FOLDER.glob("*.jpg"))
+    assert (
+        NAMES == sorted(p.stem for p in (FOLDER / "api").glob("*.json")) == sorted(p.stem for p in FOLDER.glob("*.jpg"))
+    )
     for name in NAMES:
         file = FOLDER / f"{name}.jpg"
         assert Image.open(file).size[0] >= 480 and file.stat().st_size < 120_000
