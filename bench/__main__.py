@@ -1,0 +1,25 @@
+"""``nox -s bench -- CASE``: measurements that the README quotes.
+
+Cases: ti_vs_diffusers (a training step against diffusers'), fidelity (every novel concept, with bootstrap intervals),
+quality (the toy world itself). Needs COMFYUI_PATH.
+"""
+
+import argparse
+import importlib
+import sys
+
+CASES = ("ti_vs_diffusers", "fidelity", "quality")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--side", help="run one side only, in this process")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--accept-noise", action="store_true", help="report on a busy machine too, and say so")
+    options, rest = parser.parse_known_args()
+    return importlib.import_module(f"bench.{options.case}").main(options, rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

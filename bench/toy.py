@@ -1,0 +1,65 @@
+"""The toy world in this process, for benchmarks: load, prompt, draw with the stock sampler."""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PACK = Path(__file__).resolve().parent.parent
+STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.0, "euler", "normal"
+
+
+def host() -> None:
+    """ComfyUI from COMFYUI_PATH, and the pack as package ``concepts``, in this process."""
+    package = types.ModuleType("concepts")
+    package.__path__ = [str(PACK)]
+    sys.modules["concepts"] = package
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    kept, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401
+
+    sys.argv = kept
+    import folder_paths
+    import utils.install_util  # noqa: F401
+
+    folder_paths.set_output_directory(str(PACK / "out" / "bench"))
+
+
+def load():
+    """(MODEL, CLIP, VAE) as the node gives them."""
+    from concepts.host import toybox
+
+    with torch.inference_mode():
+        return toybox.load()
+
+
+@torch.inference_mode()
+def draw(toy, conditionings: list, seed: int, at_once: int = 50) -> np.ndarray:
+    """Pictures uint8 [n, 128, 128, 3], one per conditioning, with the stock KSampler and its fixed settings."""
+    import nodes
+
+    model, clip, vae = toy
+    (empty,) = nodes.CLIPTextEncode().encode(clip, "")
+    pictures = []
+    for start in range(0, len(conditionings), at_once):
+        part = conditionings[start : start + at_once]
+        rows = [[torch.cat([c[0][0] for c in part]), {}]]  # one row of the batch each
+        (latent,) = nodes.EmptyLatentImage().generate(128, 128, len(part))
+        (latent,) = nodes.common_ksampler(model, seed + start, STEPS, CFG, SAMPLER, SCHEDULER, rows, empty, latent)
+        (images,) = nodes.VAEDecode().decode(vae, latent)
+        pictures.append((images * 255).round().byte().numpy())
+    return np.concatenate(pictures)
+
+
+@torch.inference_mode()
+def prompt(toy, text: str, *concepts):
+    """Conditioning of a prompt, through the pack's own encoder."""
+    from concepts.host.text import encode_prompt
+
+    return encode_prompt(toy[1], text, [(c, 1.0) for c in concepts])
