@@ -98,7 +98,7 @@ def make_set(
 
     images: IMAGE batches [n, h, w, c] of any sizes; masks: MASK batches [n, h, w], none or one per picture.
     ``resolution``: side of the square with the wanted area, 0 keeps sizes; sides are cropped to what the VAE takes.
-    Raises: ValueError when pictures, masks and captions do not match, or a mask is empty.
+    Raises: ValueError when pictures, masks and captions do not match, a mask is empty, or the VAE gives nan.
     """
     pictures = [p.movedim(-1, 0)[:3].float() for batch in images for p in batch]
     covers = [m.float() for batch in masks for m in (batch if batch.ndim == 3 else batch[None])]
@@ -122,6 +122,11 @@ def make_set(
         for flip in (False, True) if mirror else (False,):
             view = stack.flip(-1) if flip else stack
             latent = vae.encode(view[:3].movedim(0, -1)[None].contiguous())[0].float().cpu()
+            if not bool(torch.isfinite(latent).all()):
+                raise ValueError(
+                    f"The VAE gave numbers that are not finite for picture {number + 1}; start ComfyUI with --fp32-vae, "
+                    "or connect another VAE."
+                )
             latents.append(latent)
             weights.append(
                 None if cover is None else F.interpolate(view[None, 3:], latent.shape[-2:], mode="area")[0].cpu()

@@ -85,3 +85,11 @@ def test_draws_depend_on_the_seed_alone(toy):
     draws = [made.draw(7, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert sorted(set(draws[0][0])) == [0, 1, 2, 3, 4]
+
+
+def test_a_vae_that_overflows_is_named(toy, monkeypatch):
+    with torch.inference_mode():
+        broken = toy[2].encode(picture()).fill_(float("nan"))
+    monkeypatch.setattr(toy[2], "encode", lambda pixels: broken)
+    with pytest.raises(ValueError, match="not finite for picture 1.*--fp32-vae"):
+        build(toy, [picture()])

@@ -27,7 +27,7 @@ def keys(made: dict, kind: str) -> list[str]:
 
 def run(client, made: dict, **kwargs) -> dict:
     result = client.queue(made, **kwargs)
-    assert result["status"] == "success", result["error"]
+    assert result["status"] == "success", (result["error"] or {}).get("exception_message", result["error"])
     return result
 
 
@@ -161,3 +161,27 @@ def test_wrong_inputs_of_the_learner_say_what_to_do(client, change, message):
     result = client.queue(learning("wrong", **change))
     assert result["status"] in ("error", "invalid")
     assert message in json.dumps(result["error"])
+
+
+@pytest.mark.slow
+def test_learn_on_my_own_checkpoint(host, client, server):
+    """The third template with the stock checkpoint loader, at a size and length for a CPU."""
+    from PIL import Image
+
+    from .checkpoint import write
+
+    made = graph("3_", steps=2, accumulate=1, preview_every=1)
+    (loader,) = (n for n in made.values() if n["class_type"] == "CheckpointLoaderSimple")
+    write(server.folder("models") / "checkpoints" / loader["inputs"]["ckpt_name"])
+    Image.effect_noise((96, 64), 50).convert("RGB").save(server.folder("input") / "example.png")
+    for node in made.values():
+        small = {
+            "ConceptMakeSet": {"resolution": 64},
+            "EmptyLatentImage": {"width": 64, "height": 64},
+            "KSampler": {"steps": 2},
+        }
+        node["inputs"] |= small.get(node["class_type"], {})
+    result = run(client, made)
+    assert result["outputs"][keys(made, "ConceptSaveCarrier")[0]]["text"][0] == "saved embeddings/novel.safetensors"
+    assert read_concept(server.folder("models") / "embeddings" / "novel.safetensors").tensors["clip_l"].shape[-1] == 768
+    assert pixels(client, result, keys(made, "SaveImage")[0]).shape == (64, 64, 3)
