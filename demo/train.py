@@ -24,6 +24,9 @@ from demo import world  # noqa: E402
 
 PICTURES = 16000
 THINGS = 0.25
+SCALE = 0.25
+"""Of latents in the denoiser: at the highest noise of the host's schedule nothing of a picture may show through, or the
+denoiser reads backgrounds and places from it and never learns the words for them."""
 
 
 def start_host(path: Path) -> None:
@@ -333,14 +336,14 @@ class Denoiser(torch.nn.Module):
 
 
 def train_unet(work: Path, steps: int, batch: int = 32) -> None:
-    """Denoiser and text encoder: noise prediction, 10% empty captions, min-SNR-5 weights (arXiv 2303.09556)."""
+    """Denoiser and text encoder: noise prediction, 10% empty captions, latents scaled as in arXiv 2301.10972."""
     from host import toybox
     from host.gradients import safe_residuals
 
     scenes = training_scenes(PICTURES, 0)
     data = pictures(scenes, work / "pictures.npy")
     vae = load_vae(work, data)
-    z = latents(vae, data, work)
+    z = SCALE * latents(vae, data, work)
     torch.manual_seed(1)
     model, clip = toybox.build_model(), toybox.build_clip()
     initialise(model.model.diffusion_model)
@@ -358,7 +361,7 @@ def train_unet(work: Path, steps: int, batch: int = 32) -> None:
     net = Denoiser(clip, model, used)
     print("parameters", sum(p.numel() for p in net.unet.parameters()), "words", len(used), flush=True)
     trainer = Trainer("unet", {"net": net}, work, steps, 1e-3, decay=0.01, ema=0.9995)
-    snr = 1 / net.sampling.sigmas**2
+    weight = (net.sampling.sigmas / SCALE).clamp(0.3, 60)  # without it, high noise hardly counts in an error of noise
 
     def loss_of(step, g):
         pick = torch.randint(len(z), (batch,), generator=g)
@@ -370,7 +373,7 @@ def train_unet(work: Path, steps: int, batch: int = 32) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             predicted = net.noise(x, t, net.context(words))
         error = (predicted.float() - noise).square().mean((1, 2, 3))
-        return (error * (snr[t].clamp(max=5) / snr[t])).mean()
+        return (error * weight[t]).mean()
 
     rng = random.Random(5)
     shown = [world.named_scene(rng, hold=True) for _ in range(24)]
@@ -387,7 +390,7 @@ def train_unet(work: Path, steps: int, batch: int = 32) -> None:
         for i in range(20):
             none, some = net.noise(torch.cat([x, x]), ladder[i].expand(2 * len(shown)), context).chunk(2)
             x = x + (sigmas[i + 1] - sigmas[i]) * (none + 3.0 * (some - none))
-        sheet(vae.decode(x), 8, work / f"unet-{trainer.step:05d}.png")
+        sheet(vae.decode(x / SCALE), 8, work / f"unet-{trainer.step:05d}.png")
 
     with safe_residuals(net.text):
         trainer.run(loss_of, report, every=250)
@@ -404,7 +407,7 @@ def pack(work: Path, file: Path) -> None:
     scenes = training_scenes(PICTURES, 0)
     data = pictures(scenes, work / "pictures.npy")
     vae = load_vae(work, data)
-    z = latents(vae, data, work)
+    z = SCALE * latents(vae, data, work)
     average = {k.removeprefix("net."): v for k, v in torch.load(work / "unet.pt", weights_only=True)["average"].items()}
     clip = toybox.build_clip()
     empty = [t for t, _ in clip.tokenizer.tokenize_with_weights("")["l"][0]]
@@ -424,7 +427,7 @@ def pack(work: Path, file: Path) -> None:
     state = {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}
     state["cond_stage_model." + toybox.TABLE] = average["table"].to(torch.bfloat16)
     state["cond_stage_model.token_ids"] = used.int()
-    facts = {"scale_factor": 1.0, "rgb": rgb[:-1].tolist(), "rgb_bias": rgb[-1].tolist()}
+    facts = {"scale_factor": SCALE, "rgb": rgb[:-1].tolist(), "rgb_bias": rgb[-1].tolist()}
     save_file(state, file, metadata={"toybox": json.dumps(facts), "modelspec.title": "Concept Carriers toy world"})
     print(file.name, f"{file.stat().st_size / 1e6:.2f} MB")
 
@@ -436,7 +439,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--decoder-steps", type=int, default=1600)
-    parser.add_argument("--unet-steps", type=int, default=12000)
+    parser.add_argument("--unet-steps", type=int, default=6500)
     a = parser.parse_args()
     start_host(a.host.resolve())
     a.work.mkdir(parents=True, exist_ok=True)

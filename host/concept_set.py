@@ -124,7 +124,7 @@ def make_set(
             latent = vae.encode(view[:3].movedim(0, -1)[None].contiguous())[0].float().cpu()
             if not bool(torch.isfinite(latent).all()):
                 raise ValueError(
-                    f"The VAE gave numbers that are not finite for picture {number + 1}; start ComfyUI with --fp32-vae, "
+                    f"The VAE gave numbers that are not finite for picture {number + 1}; start ComfyUI with --fp32-vae "
                     "or connect another VAE."
                 )
             latents.append(latent)
