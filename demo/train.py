@@ -24,6 +24,7 @@ from demo import world  # noqa: E402
 
 PICTURES = 16000
 THINGS = 0.25
+END = 49407
 SCALE = 0.25
 """Of latents in the denoiser: at the highest noise of the host's schedule nothing of a picture may show through, or the
 denoiser reads backgrounds and places from it and never learns the words for them."""
@@ -306,14 +307,15 @@ class Denoiser(torch.nn.Module):
 
     def __init__(self, clip, model, used: torch.Tensor):
         super().__init__()
-        from host.toybox import initial_table
+        from host import toybox
 
         self.unet, self.sampling = model.model.diffusion_model, model.model.model_sampling
         self.text = clip.cond_stage_model.clip_l.transformer
         for p in [*self.unet.parameters(), *self.text.parameters()]:
             p.requires_grad_(True)
         self.text.get_input_embeddings().weight.requires_grad_(False)
-        self.table = torch.nn.Parameter(initial_table()[used])
+        self.table = torch.nn.Parameter(toybox.initial_table()[used])
+        self.heads = torch.nn.ModuleDict({f: torch.nn.Linear(toybox.WIDTH, len(v)) for f, v in world.FACTORS.items()})
         self.register_buffer("place", torch.full((49408,), -1))
         self.place[used] = torch.arange(len(used))
 
@@ -329,10 +331,39 @@ class Denoiser(torch.nn.Module):
             dtype=torch.float32,
         )[0]
 
+    def confusion(self, context: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """How badly the padding behind a caption [b, 77, width] tells its factors (labels [b, 6], -1 for none).
+
+        The role of CLIP's contrastive training: most of what the denoiser attends to is padding, and a text encoder
+        that only hears from the denoiser forgets words before the denoiser has learned to use them.
+        """
+        padding = (ids == END).float()[..., None]
+        told = (context.float() * padding).sum(1) / padding.sum(1)
+        return sum(
+            F.cross_entropy(head(told), labels[:, i], ignore_index=-1) for i, head in enumerate(self.heads.values())
+        )
+
     def noise(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Predicted noise for variance-exploding x at discrete timesteps t."""
         sigma = self.sampling.sigma(t.float()).view(-1, 1, 1, 1)
         return self.unet(x / (sigma**2 + 1) ** 0.5, t.float(), context=context, transformer_options={})
+
+
+def train_text(net, ids: torch.Tensor, labels: torch.Tensor, work: Path, steps: int = 1500, batch: int = 64) -> None:
+    """A head start for the text encoder: to tell the factors that captions name."""
+    from host.gradients import safe_residuals
+
+    trainer = Trainer("text", {"text": net.text, "heads": net.heads}, work, steps, 1e-3, ema=0.99)
+
+    def loss_of(step, g):
+        pick = torch.randint(len(ids), (batch,), generator=g)
+        words = ids[pick, torch.randint(ids.shape[1], (batch,), generator=g)].long()
+        with torch.autocast("cpu", torch.bfloat16):
+            context = net.context(words)
+        return net.confusion(context, words, labels[pick])
+
+    with safe_residuals(net.text):
+        trainer.run(loss_of)
 
 
 def train_unet(work: Path, steps: int, batch: int = 32) -> None:
@@ -360,20 +391,24 @@ def train_unet(work: Path, steps: int, batch: int = 32) -> None:
     used = torch.cat([ids.flatten().unique().long(), empty]).unique()
     net = Denoiser(clip, model, used)
     print("parameters", sum(p.numel() for p in net.unet.parameters()), "words", len(used), flush=True)
-    trainer = Trainer("unet", {"net": net}, work, steps, 1e-3, decay=0.01, ema=0.9995)
+    labels = torch.tensor([list(s.labels().values()) for s in scenes])
+    if not (work / "unet.pt").is_file():
+        train_text(net, ids, labels, work)
+    trainer = Trainer("unet", {"net": net}, work, steps, 1.5e-3, decay=0.01, ema=0.999)
     weight = (net.sampling.sigmas / SCALE).clamp(0.3, 60)  # without it, high noise hardly counts in an error of noise
 
     def loss_of(step, g):
         pick = torch.randint(len(z), (batch,), generator=g)
         words = ids[pick, torch.randint(ids.shape[1], (batch,), generator=g)].long()
         words[torch.rand(batch, generator=g) < 0.1] = empty
-        t = torch.randint(1000, (batch,), generator=g)
+        t = (1000 * torch.rand(batch, generator=g).sqrt()).long()  # places and outlines are decided at high noise
         noise = torch.randn(z[pick].shape, generator=g)
         x = z[pick] + net.sampling.sigmas[t].view(-1, 1, 1, 1) * noise
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = net.noise(x, t, net.context(words))
+            context = net.context(words)
+            predicted = net.noise(x, t, context)
         error = (predicted.float() - noise).square().mean((1, 2, 3))
-        return (error * weight[t]).mean()
+        return (error * weight[t]).mean() + 0.003 * net.confusion(context, words, labels[pick])
 
     rng = random.Random(5)
     shown = [world.named_scene(rng, hold=True) for _ in range(24)]

@@ -6,6 +6,7 @@ import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.ldm.modules.attention import attention_basic
 
 
 def space_of(sampling) -> tuple[str, float]:
@@ -33,6 +34,18 @@ def sigmas_at(sampling, times: torch.Tensor) -> torch.Tensor:
     return torch.tensor([float(sampling.percent_to_sigma(float(p))) for p in percent], dtype=torch.float32)
 
 
+SHORT = 1 << 21
+"""Query-key pairs per head below which the plain product keeps little memory."""
+
+
+def _differentiable_attention(fused, q, k, *args, **kwargs):
+    """On CPUs the backward pass of torch's fused attention is the slowest part of a step; for short sequences the
+    host's plain product with the same result is faster (attention.py attention_basic)."""
+    if torch.is_grad_enabled() and q.shape[-2] * k.shape[-2] <= SHORT:
+        return attention_basic(q, k, *args, **kwargs)
+    return fused(q, k, *args, **kwargs)
+
+
 class Denoiser:
     """A loaded MODEL as a differentiable function of noised latents and conditionings."""
 
@@ -46,6 +59,8 @@ class Denoiser:
             comfy.patcher_extension.merge_nested_dicts(
                 options.setdefault("wrappers", {}), patcher.wrappers, copy_dict1=False
             )
+        if comfy.model_management.is_device_cpu(self.device):
+            options.setdefault("optimized_attention_override", _differentiable_attention)
         self.options = options
 
     def clean(self, latents: torch.Tensor) -> torch.Tensor:
