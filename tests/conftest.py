@@ -42,6 +42,9 @@ def host(comfyui) -> Path:
     sys.argv = kept
     # Importing `nodes` puts comfy/ first on the path, where `utils` is another module than the host's package.
     import utils.install_util  # noqa: F401, I001
+
+    sys.modules.pop("nodes", None)  # pytest knows tests/nodes by this name; everything there is collected by now
+    import nodes  # noqa: F401
     import comfy.sd  # noqa: F401
     import torch
 
