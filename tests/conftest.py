@@ -44,7 +44,7 @@ def host(comfyui) -> Path:
     import utils.install_util  # noqa: F401, I001
 
     sys.modules.pop("nodes", None)  # pytest knows tests/nodes by this name; everything there is collected by now
-    import nodes  # noqa: F401
+    import nodes  # noqa: F401, I001
     import comfy.sd  # noqa: F401
     import torch
 
