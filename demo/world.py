@@ -331,15 +331,25 @@ def _texture(colour: str, pattern: str, second: str, cx: float, cy: float) -> Im
     return image
 
 
+def _placement(scene: Scene, rng: random.Random) -> tuple[float, float, float]:
+    half = {"small": 21, "big": 33}[scene.size] * rng.uniform(0.93, 1.07)
+    cx = {"left": 37, "center": 64, "right": 91}[scene.position] + rng.uniform(-4, 4)
+    return cx, 64 + rng.uniform(-16, 16), half
+
+
+def box(scene: Scene) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the square around the object, in pixels; the same whatever its shape."""
+    cx, cy, half = _placement(scene, random.Random(scene.seed))
+    return cx - half, cy - half, cx + half, cy + half
+
+
 def render(scene: Scene) -> tuple[Image.Image, Image.Image]:
     """Draws a scene.
 
     Returns: picture (RGB, 128 x 128) and object mask (L, 128 x 128, 255 inside). Equal scenes give equal pixels.
     """
     rng = random.Random(scene.seed)
-    half = {"small": 21, "big": 33}[scene.size] * rng.uniform(0.93, 1.07)
-    cx = {"left": 37, "center": 64, "right": 91}[scene.position] + rng.uniform(-4, 4)
-    cy = 64 + rng.uniform(-16, 16)
+    cx, cy, half = _placement(scene, rng)
     ground = _background(scene.background, rng)
     x, y, s = cx * OVERSAMPLE, cy * OVERSAMPLE, half * OVERSAMPLE
     mask = _silhouette(scene.shape, x, y, s, scene.outline)

@@ -67,6 +67,20 @@ def test_mask_covers_the_object_and_nothing_else(shape):
     assert np.array_equal(world.pixels(ground)[far][mask[far] == 0], world.pixels(blue)[far][mask[far] == 0])
 
 
+@pytest.mark.parametrize("make", [world.named_scene, world.thing_scene])
+def test_box_holds_the_object_and_says_nothing_of_its_shape(make):
+    rng = random.Random(9)
+    for _ in range(60):
+        scene = make(rng)
+        left, top, right, bottom = world.box(scene)
+        assert right - left == pytest.approx(bottom - top)
+        assert world.box(replace(scene, shape="dot", outline=(), badge="", second="")) == world.box(scene)
+        rows, columns = np.nonzero(world.pixels(world.render(scene)[1]))
+        edge = 3
+        assert columns.min() >= left - edge and columns.max() <= right + edge
+        assert rows.min() >= top - edge and rows.max() <= bottom + edge
+
+
 def test_labels_are_the_factors():
     rng = random.Random(2)
     scene = world.named_scene(rng)
