@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 PACK = Path(__file__).resolve().parent.parent
-STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.0, "euler", "normal"
+STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.0, "dpmpp_2m", "karras"
 
 
 def host() -> None:

@@ -2,7 +2,8 @@
 
 Stages, each resumable after an interrupt: ``vae``, ``decoder`` (alone, on finished latents), ``unet`` (denoiser and
 text encoder together), ``pack``.
-Working files go to ``--work``; ``pack`` writes the bf16 files that the repository carries.
+Working files go to ``--work``; ``pack`` writes the bf16 files that the repository carries. On two cores of an AMD EPYC
+about three hours: VAE 50 minutes, decoder 12, denoiser 100 (0.43 s a step on an otherwise idle machine).
 """
 
 import argparse
