@@ -49,7 +49,7 @@ class Concept:
         except (TypeError, ValueError) as error:
             raise CarrierError(f"The facts about concept <{self.name}> cannot be written as JSON: {error}.") from error
         tensors = {k: _own(v, torch.float32) for k, v in self.tensors.items()}
-        KINDS[self.kind](self.name, tensors)
+        KINDS[self.kind](self.name, tensors, info)
         for name, value in (
             ("tensors", tensors),
             ("info", info),
@@ -78,7 +78,7 @@ def _own(value: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return value.detach().to("cpu", dtype or value.dtype, copy=True).contiguous()
 
 
-def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
     if not tensors:
         raise CarrierError(f"Concept <{name}> holds no vectors.")
     for key, value in tensors.items():
@@ -89,6 +89,11 @@ def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         if not bool(torch.isfinite(value).all()):
             raise CarrierError(
                 f"Concept <{name}>: {key} holds numbers that are not finite; learn it again with a lower learning rate."
+            )
+        if value.shape[2] > 2 or value.shape[1] > 1 and len(info.get("layers") or ()) != value.shape[1]:
+            raise CarrierError(
+                f"Concept <{name}>: {key} has {value.shape[1]} layers and {value.shape[2]} roles, but names "
+                f"{len(info.get('layers') or ())} layers; roles are one, or K and V. Learn it again."
             )
 
 

@@ -34,6 +34,15 @@ def sigmas_at(sampling, times: torch.Tensor) -> torch.Tensor:
     return torch.tensor([float(sampling.percent_to_sigma(float(p))) for p in percent], dtype=torch.float32)
 
 
+def noise_time(sampling, sigma: torch.Tensor) -> torch.Tensor:
+    """Training time [b] in 0..1 of noise levels [b]: the share of the model's timesteps below; of flow models sigma."""
+    sigma = sigma.detach().float().cpu()
+    if space_of(sampling)[0] == "flow" or not hasattr(sampling, "sigmas"):
+        return sigma.clamp(0, 1)
+    table = sampling.sigmas.detach().float().cpu()
+    return (sigma[:, None].clamp_min(1e-20).log() - table.log()).abs().argmin(1) / len(table)
+
+
 def _differentiable_attention(chosen, q, *args, **kwargs):
     """What the host chooses on CPUs (sub-quadratic, attention.py) learns up to 2.5 times slower in fp32 than torch's
     fused product, and keeps the whole score matrix for it; in bf16 it is the other way round."""
@@ -80,8 +89,9 @@ class Denoiser:
         joined = comfy.samplers.cond_cat(parts)
         return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in joined.items()}
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, entries: list) -> torch.Tensor:
-        """Denoised estimate [b, c, h, w], fp32."""
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, entries: list, change=None) -> torch.Tensor:
+        """Denoised estimate [b, c, h, w], fp32. ``change``: transformer_options -> those of this call."""
         options = comfy.patcher_extension.copy_nested_dicts(self.options)
         options |= {"sigmas": sigma, "cond_or_uncond": [0], "uuids": [0]}  # what other packs' patches look up
+        options = change(options) if change else options
         return self.model.apply_model(x, sigma, transformer_options=options, **self.inputs(entries, x)).float()

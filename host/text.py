@@ -10,6 +10,7 @@ from comfy.sd1_clip import SDTokenizer
 
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
+from .variants import Grid, attach
 
 PLACEHOLDER = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
 
@@ -144,8 +145,9 @@ def plain_rows(concept: Concept, encoder: Encoder, count: int) -> torch.Tensor:
 
 
 def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, torch.Tensor]:
-    """Rows per encoder key for one concept in this CLIP, fp32; encoders it never learned get its plain word.
+    """Rows [stages, layers, roles, n, width] per encoder key for one concept in this CLIP, fp32.
 
+    Encoders it never learned get its plain word, [1, 1, 1, n, width].
     Raises: CarrierMismatch naming both sides when a width differs or no encoder fits.
     """
     here = encoders(clip)
@@ -159,7 +161,7 @@ def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, tor
     for encoder in here:
         if encoder.key not in concept.tensors:
             text = concept.info.get("init_text") or "thing"
-            rows[encoder.key] = encoder.rows(text)
+            rows[encoder.key] = encoder.rows(text)[None, None, None]
             continue
         learned = concept.tensors[encoder.key]
         if learned.shape[-1] != encoder.width:
@@ -167,14 +169,9 @@ def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, tor
                 f"Concept <{concept.name}> holds {_sizes(concept)}, but {encoder.key} of this CLIP expects "
                 f"rows of {encoder.width}; learn it again with this model."
             )
-        if learned.shape[:3] != (1, 1, 1):
-            raise CarrierMismatch(
-                f"Concept <{concept.name}> has rows per stage, layer or role ({_sizes(concept)}); "
-                "this node takes plain tokens only."
-            )
-        own = learned[0, 0, 0].to(encoder.vocabulary.device, copy=True)
+        own = learned.to(encoder.vocabulary.device, copy=True)
         if strength != 1.0:
-            base = plain_rows(concept, encoder, len(own))
+            base = plain_rows(concept, encoder, learned.shape[-2])
             own = base + strength * (own - base)
         rows[encoder.key] = own
     return rows
@@ -191,7 +188,8 @@ def _widths(found: list[Encoder]) -> str:
 def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
     """Prompt with ``<name>`` placeholders -> the host's CONDITIONING.
 
-    Without a placeholder, and for strength 0 up to the plain word, this is the stock encoder bit for bit.
+    Without a placeholder, and for strength 0 up to the plain word, this is the stock encoder bit for bit. Concepts with
+    rows per stage, layer or role are encoded once per variant and travel in the conditioning (variants.py).
     Raises: ValueError for an unknown or doubled name, CarrierMismatch for a concept that does not fit.
     """
     by_name: dict[str, tuple[Concept, float]] = {}
@@ -209,56 +207,28 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
             f"The prompt names {', '.join(unknown)}, but the connected concepts are: {have}. "
             "Correct the name or connect the concept."
         )
-    names, table = {}, {}
-    for number, name in enumerate(wanted):
+    names, shown, rows = {}, [], []
+    for name in wanted:
         concept, strength = by_name[name]
-        rows = concept_rows(clip, concept, strength)
+        own = concept_rows(clip, concept, strength)
         if strength == 0:
             names[name] = concept.info.get("init_text") or ""
         else:
-            names[name] = f"embedding:concept-{number}"
-            table[f"concept-{number}"] = rows
-    used = with_rows(clip, table) if table else clip
-    return used.encode_from_tokens_scheduled(used.tokenize(fill(text, names)))
-
-
-class Prompts:
-    """Captions tokenised once; encoded every step with the current rows, differentiably."""
-
-    def __init__(self, clip, texts: list[str], word: str, counts: Mapping[str, int]):
-        """``counts``: learned vectors per encoder key; other encoders see the plain ``word`` instead."""
-        self.clip, self.slots = clip, {e.slot: e.key for e in encoders(clip)}
-        marks = {
-            key: torch.arange(n, dtype=torch.float32)[:, None].expand(n, e.width).contiguous()
-            for e in encoders(clip)
-            for key, n in counts.items()
-            if e.key == key
+            names[name] = f"embedding:concept-{len(shown)}"
+            shown.append(concept)
+            rows.append(own)
+    grid, encoded = Grid.of(shown), []
+    for cells in grid.cells:
+        table = {
+            f"concept-{number}": {key: variant(value, cell) for key, value in rows[number].items()}
+            for number, cell in enumerate(cells)
         }
-        missing = {e.key: e.rows(word) for e in encoders(clip) if e.key not in counts}
-        marking = with_rows(clip, {"mark": {**marks, **missing}})
-        self.learned = set(counts)
-        self.tokens = [
-            marking.tokenize(PLACEHOLDER.sub("{}", t).replace("{}", " embedding:mark ").strip()) for t in texts
-        ]
+        used = with_rows(clip, table) if table else clip
+        encoded.append(used.encode_from_tokens_scheduled(used.tokenize(fill(text, names))))
+    return encoded[0] if len(encoded) == 1 else [attach(list(entries), grid) for entries in zip(*encoded, strict=True)]
 
-    def ready(self) -> None:
-        """Sets the encoder up as the host does before encoding; call after the model is loaded."""
-        model = self.clip.cond_stage_model
-        model.reset_clip_options()
-        if self.clip.layer_idx is not None:
-            model.set_clip_options({"layer": self.clip.layer_idx})
-        model.set_clip_options({"execution_device": self.clip.patcher.load_device})
 
-    def encode(self, index: int, rows: Mapping[str, torch.Tensor]) -> list:
-        """Host conditioning [cond, extras] of caption ``index`` with ``rows`` (encoder key -> [n, width])."""
-
-        def current(slot, token):
-            key = self.slots.get(slot)
-            return rows[key][int(token[0])] if torch.is_tensor(token) and key in self.learned else token
-
-        tokens = {
-            slot: [[(current(slot, token), *rest) for token, *rest in chunk] for chunk in chunks]
-            for slot, chunks in self.tokens[index].items()
-        }
-        cond, pooled, *extra = self.clip.cond_stage_model.encode_token_weights(tokens)
-        return [cond, {"pooled_output": pooled, **(extra[0] if extra else {})}]
+def variant(rows: torch.Tensor, cell: tuple[int, int, int]) -> torch.Tensor:
+    """Rows [n, width] of one (stage, layer, role); an axis of length one serves them all."""
+    stage, layer, role = (min(i, size - 1) for i, size in zip(cell, rows.shape, strict=False))
+    return rows[stage, layer, role]

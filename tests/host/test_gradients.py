@@ -12,9 +12,10 @@ pytestmark = pytest.mark.usefixtures("host")
 
 def loss_and_gradient(made, context, patched=False):
     """Loss of one caption with a learned row, and its gradient per encoder."""
+    from concepts.host.captions import Prompts
     from concepts.host.denoise import Denoiser, sigmas_at
     from concepts.host.gradients import ordinary
-    from concepts.host.text import Prompts, encoders
+    from concepts.host.text import encoders
     from concepts.kernels.losses import residual
 
     with context:
@@ -25,12 +26,12 @@ def loss_and_gradient(made, context, patched=False):
         d = Denoiser(model)
         draw = torch.Generator().manual_seed(1)
         rows = {e.key: (torch.randn(2, e.width, generator=draw) * 0.3).requires_grad_() for e in encoders(made.clip)}
-        prompts = Prompts(made.clip, ["a photo of {}", "(a {}:1.3) on grass"], "thing", dict.fromkeys(rows, 2))
+        prompts = Prompts(made.clip, ["a photo of {}", "(a {}:1.3) on grass"], "thing", {"": dict.fromkeys(rows, 2)})
         prompts.ready()
         clean = d.clean(ordinary(made.latent)[None]).repeat(2, 1, 1, 1)
         sigma = sigmas_at(d.sampling, torch.tensor([0.4, 0.8], dtype=torch.float64))
         noise = torch.randn(clean.shape, generator=draw)
-        out = d(d.noised(clean, noise, sigma), sigma, [prompts.encode(i, rows) for i in (0, 1)])
+        out = d(d.noised(clean, noise, sigma), sigma, [prompts.encode(i, {"": rows}) for i in (0, 1)])
         loss = residual(d.space, sigma, out, clean, d.sigma_data).square().mean()
         loss.backward()
         return loss.item(), {k: v.grad for k, v in rows.items()}
@@ -116,20 +117,20 @@ def test_small_weight_types_give_the_same_direction(dtype):
 
 
 def test_finite_differences_agree():
+    from concepts.host.captions import Prompts
     from concepts.host.denoise import Denoiser, sigmas_at
     from concepts.host.gradients import training
-    from concepts.host.text import Prompts
 
     made = tiny("sd15")
     with training(made.model, made.clip.patcher):
         d = Denoiser(made.model)
-        prompts = Prompts(made.clip, ["a photo of {}"], "thing", {"clip_l": 1})
+        prompts = Prompts(made.clip, ["a photo of {}"], "thing", {"": {"clip_l": 1}})
         prompts.ready()
         x, sigma = torch.randn(1, *made.latent.shape), sigmas_at(d.sampling, torch.tensor([0.5]))
         weight = torch.randn(1, *made.latent.shape)
 
         def value(row):
-            return (d(x, sigma, [prompts.encode(0, {"clip_l": row})]) * weight).sum()
+            return (d(x, sigma, [prompts.encode(0, {"": {"clip_l": row}})]) * weight).sum()
 
         row = torch.randn(1, 64, requires_grad=True)
         value(row).backward()

@@ -1,0 +1,115 @@
+"""Captions of a learning run: tokenised once, encoded every step with the rows as they are, differentiably."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+
+from .text import PLACEHOLDER, encoders, variant, with_rows
+from .variants import Grid, with_contexts
+
+STRIDE = 1000
+"""More than the vectors of any mark."""
+
+MARK = re.compile(r"\{(\w*)\}")
+
+
+Rows = Mapping[str, Mapping[str, torch.Tensor]]
+
+
+class Prompts:
+    """Captions in which ``{}`` stands for the concept, and ``{name}`` for further learned rows."""
+
+    def __init__(self, clip, texts: list[str], word: str, counts: Mapping[str, Mapping[str, int]]):
+        """``counts``: per mark (the concept is "") the learned vectors per encoder key.
+
+        Encoders that learn nothing see the plain ``word`` in the concept's place, and nothing at other marks.
+        """
+        self.clip, self.slots, self.names = clip, {e.slot: e.key for e in encoders(clip)}, list(counts)
+        self.learned = {key for of_mark in counts.values() for key in of_mark}
+        table = {}
+        for number, (name, of_mark) in enumerate(counts.items()):
+            table[f"mark-{number}"] = {
+                e.key: (STRIDE * number + torch.arange(of_mark[e.key], dtype=torch.float32))[:, None].repeat(1, e.width)
+                if e.key in of_mark
+                else e.rows("" if name else word)
+                for e in encoders(clip)
+            }
+        marking = with_rows(clip, table)
+
+        def marked(match):
+            known = match[1] in self.names
+            return f" embedding:mark-{self.names.index(match[1])} " if known else match[0]
+
+        self.tokens = [marking.tokenize(MARK.sub(marked, PLACEHOLDER.sub("{}", t)).strip()) for t in texts]
+
+    def ready(self) -> None:
+        """Sets the encoder up as the host does before encoding; call after the model is loaded."""
+        model = self.clip.cond_stage_model
+        model.reset_clip_options()
+        if self.clip.layer_idx is not None:
+            model.set_clip_options({"layer": self.clip.layer_idx})
+        model.set_clip_options({"execution_device": self.clip.patcher.load_device})
+
+    def encode(self, index: int, rows: Rows) -> list:
+        """Host conditioning [cond, extras] of caption ``index`` with ``rows`` (mark -> encoder key -> [n, width])."""
+        return self._encoded([self._tokens(index, rows)])
+
+    def encode_all(self, index: int, variants: list[Rows]) -> tuple[torch.Tensor, list]:
+        """Caption ``index`` with each of several rows in one pass, for encoders that lay chunks end to end (UNets').
+
+        Returns: contexts [variants, tokens, width], and the conditioning entry of the first.
+        """
+        cond, extra = self._encoded([self._tokens(index, rows) for rows in variants])
+        contexts = cond.reshape(len(variants), -1, cond.shape[-1])
+        return contexts, [contexts[:1], extra]
+
+    def _tokens(self, index: int, rows: Rows) -> dict:
+        def current(slot, token):
+            if not torch.is_tensor(token) or self.slots.get(slot) not in self.learned:
+                return token
+            number, row = divmod(int(token[0]), STRIDE)
+            return rows[self.names[number]][self.slots[slot]][row]
+
+        return {
+            slot: [[(current(slot, token), *rest) for token, *rest in chunk] for chunk in chunks]
+            for slot, chunks in self.tokens[index].items()
+        }
+
+    def _encoded(self, many: list[dict]) -> list:
+        tokens = {slot: [chunk for one in many for chunk in one[slot]] for slot in many[0]}
+        cond, pooled, *extra = self.clip.cond_stage_model.encode_token_weights(tokens)
+        return [cond, {"pooled_output": pooled, **(extra[0] if extra else {})}]
+
+    def conditions(self, grid: Grid, rows: Mapping[str, torch.Tensor], texts: list[int], stages: torch.Tensor):
+        """What a batch is conditioned on: caption ``texts[b]`` with the rows of stage ``stages[b]``.
+
+        rows: encoder key -> [stages, layers, roles, n, width]. Returns: host conditioning entries, one per sample, and
+        a change of ``transformer_options`` for ``Denoiser``, or None when all layers see the same.
+        """
+        encoded = {}
+        for text, stage in dict.fromkeys(zip(texts, stages.tolist(), strict=True)):
+            numbers = grid.index[stage].flatten().unique().tolist()
+            many = [{"": {k: variant(v, grid.cells[number][0]) for k, v in rows.items()}} for number in numbers]
+            if len(many) == 1:
+                entry = self.encode(text, many[0])
+                contexts = entry[0]
+            else:
+                contexts, entry = self.encode_all(text, many)
+            encoded[text, stage] = entry, dict(zip(numbers, contexts, strict=len(many) > 1))
+        samples = [encoded[key] for key in zip(texts, stages.tolist(), strict=True)]
+        entries = [entry for entry, _ in samples]
+        if not grid.needs_cross_attention:
+            return entries, None
+        tokens = math.lcm(*(entry[0].shape[1] for entry in entries))
+
+        def gathered(layer: int, role: int, like: torch.Tensor) -> torch.Tensor:
+            own = [table[int(grid.index[s, layer, role])] for (_, table), s in zip(samples, stages, strict=True)]
+            return torch.stack([c.repeat(tokens // len(c), 1) for c in own]).to(like)
+
+        def pick(name, key, value):
+            layer = grid.layer(name)
+            return gathered(layer, 0, key), gathered(layer, 1, value)
+
+        return entries, lambda options: with_contexts(options, pick)

@@ -1,0 +1,189 @@
+"""Contexts that change with noise level, layer and role: one mechanism for sampling and for learning.
+
+A prompt with such concepts is encoded once per variant. A hook on its CONDITIONING (comfy/hooks.py) brings two things
+to the model: an APPLY_MODEL wrapper that finds the rows of a batch which belong to the prompt and their noise level,
+and an ``attn2_patch`` that hands K and V contexts to each cross-attention layer (ldm/modules/attention.py). The hook is
+never registered as one that needs model calls of its own, so the host goes on batching the prompt with its negative.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import comfy.hooks
+import comfy.patcher_extension
+import torch
+
+from ..carriers.concept import Concept
+from ..carriers.errors import CarrierMismatch
+from .denoise import noise_time
+
+CONTEXTS = "concept_contexts"
+"""Key in ``transformer_options``: functions (layer name, K context, V context) -> (K context, V context)."""
+
+
+def layers_of(network: torch.nn.Module) -> list[str]:
+    """Names of a UNet's cross-attention layers in order of execution, such as ``input.1``; none for a DiT.
+
+    One name per SpatialTransformer: 16 in SD1.5 and SD2 (the layers of P+, arXiv 2303.09522), 11 in SDXL.
+    """
+    if not hasattr(network, "input_blocks"):
+        return []
+    middle = [network.middle_block] if getattr(network, "middle_block", None) is not None else []
+    return [
+        f"{part}.{number}"
+        for part, blocks in (("input", network.input_blocks), ("middle", middle), ("output", network.output_blocks))
+        for number, block in enumerate(blocks)
+        if any(type(m).__name__ == "SpatialTransformer" for m in block.modules())
+    ]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which variant of a prompt applies at a noise level, in a layer, and for K or V."""
+
+    edges: tuple[float, ...]
+    """Times in (0, 1), ascending, at which the stage changes; stage 0 is next to the clean picture."""
+    layers: tuple[str, ...]
+    """Layer names; empty when all layers are alike."""
+    index: torch.Tensor
+    """Variant number [stages, layers, 2], the last axis K then V."""
+    cells: tuple[tuple[tuple[int, int, int], ...], ...]
+    """Per variant and concept the (stage, layer, role) of its rows."""
+
+    @classmethod
+    def of(cls, concepts: Iterable[Concept]) -> "Grid":
+        """The coarsest grid that tells all rows of these concepts apart.
+
+        Raises: CarrierMismatch when two concepts name different layers.
+        """
+        shapes, layers = [], ()
+        for concept in concepts:
+            shape = [max(v.shape[axis] for v in concept.tensors.values()) for axis in range(3)]
+            shapes.append(shape)
+            names = tuple(concept.info.get("layers") or ()) if shape[1] > 1 else ()
+            if layers and names and names != layers:
+                raise CarrierMismatch(
+                    f"Concept <{concept.name}> was learned for {len(names)} layers ({names[0]} to {names[-1]}), "
+                    f"another one in this prompt for {len(layers)} ({layers[0]} to {layers[-1]}); use them in prompts "
+                    "of their own, on the models they were learned on."
+                )
+            layers = layers or names
+        edges = sorted({k / s for s, _, _ in shapes for k in range(1, s)})
+        middles = [(a + b) / 2 for a, b in zip([0.0, *edges], [*edges, 1.0], strict=True)]
+        cells: dict[tuple, int] = {}
+        index = torch.zeros(len(middles), max(1, len(layers)), 2, dtype=torch.int64)
+        for i, middle in enumerate(middles):
+            for layer in range(index.shape[1]):
+                for role in (0, 1):
+                    cell = tuple((int(middle * s), min(layer, c - 1), min(role, r - 1)) for s, c, r in shapes)
+                    index[i, layer, role] = cells.setdefault(cell, len(cells))
+        return cls(tuple(edges), layers, index, tuple(cells))
+
+    def stages(self, times: torch.Tensor) -> torch.Tensor:
+        """Stage of each time [b] in 0..1."""
+        return torch.bucketize(times.detach().float().cpu(), torch.tensor(self.edges), right=True)
+
+    @property
+    def needs_cross_attention(self) -> bool:
+        """Whether layers, or K and V, differ."""
+        return bool((self.index != self.index[:, :1, :1]).any())
+
+    def layer(self, name: str) -> int:
+        """Number of a layer. Raises: CarrierMismatch when the concept never learned it."""
+        if not self.layers:
+            return 0
+        if name not in self.layers:
+            raise CarrierMismatch(
+                f"The prompt holds a concept learned for the layers {', '.join(self.layers)}, but this model has a "
+                f"layer {name}; use the model it was learned on."
+            )
+        return self.layers.index(name)
+
+
+def attn2_patch(n, key, value, options):
+    """Gives a cross-attention layer the contexts that ``CONTEXTS`` names."""
+    name = ".".join(str(part) for part in options["block"][:2])
+    for pick in options.get(CONTEXTS, ()):
+        key, value = pick(name, key, value)
+    return n, key, value
+
+
+def with_contexts(options: dict, *picks: Callable) -> dict:
+    """``transformer_options`` in which ``picks`` apply, with the patch that asks them."""
+    patches = dict(options.get("patches", {}))
+    if attn2_patch not in patches.get("attn2_patch", []):
+        patches["attn2_patch"] = [attn2_patch, *patches.get("attn2_patch", [])]  # others change what ours chose
+    return {**options, "patches": patches, CONTEXTS: [*options.get(CONTEXTS, ()), *picks]}
+
+
+class VariantHook(comfy.hooks.TransformerOptionsHook):
+    """Adds its wrapper to the whole run and stays unregistered: the wrapper itself knows which rows are meant."""
+
+    def add_hook_patches(self, model, model_options, target_dict, registered):
+        """Called by the host once per sampling run (sampler_helpers.prepare_model_patcher)."""
+        comfy.patcher_extension.merge_nested_dicts(
+            model_options, {"transformer_options": self.transformers_dict}, copy_dict1=False
+        )
+        return False
+
+
+def _wrapper(base: torch.Tensor, table: torch.Tensor, grid: Grid) -> Callable:
+    """The APPLY_MODEL wrapper of one prompt: base [1, tokens, width], table [variants, tokens, width]."""
+    tokens, placed = base.shape[1], {}
+
+    def on(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        where = (like.device, like.dtype)
+        if where not in placed:
+            placed[where] = (base.to(like), table.to(like))
+        return placed[where]
+
+    def put(context: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        context = context.clone()
+        context[rows, :tokens] = values.to(context)
+        return context
+
+    def apply(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **more):
+        options, context = transformer_options or {}, c_crossattn
+        if context is not None and context.shape[1] >= tokens and context.shape[2] == base.shape[2]:
+            here, variants = on(context)
+            mine = (context[:, :tokens] == here).flatten(1).all(1).nonzero().flatten().cpu()
+            if len(mine):
+                stages = grid.stages(noise_time(executor.class_obj.model_sampling, t))[mine]
+                rows = mine.to(context.device)
+                if grid.needs_cross_attention:
+                    if not layers_of(executor.class_obj.diffusion_model):
+                        raise CarrierMismatch(
+                            f"The prompt holds a concept with its own rows per layer or for K and V, and "
+                            f"{type(executor.class_obj).__name__} has no cross-attention layers; use it on the kind of "
+                            "model it was learned on."
+                        )
+
+                    def pick(name, key, value):
+                        numbers = grid.index[stages, grid.layer(name)].to(variants.device)
+                        return put(key, rows, variants[numbers[:, 0]]), put(value, rows, variants[numbers[:, 1]])
+
+                    options = with_contexts(options, pick)
+                else:
+                    context = put(context, rows, variants[grid.index[stages, 0, 0].to(variants.device)])
+        return executor(x, t, c_concat, context, control, options, **more)
+
+    return apply
+
+
+def attach(entries: list[list], grid: Grid) -> list:
+    """One CONDITIONING entry out of one per variant.
+
+    Its own tensor is the mean of the variants: what a ControlNet sees, and by which its rows are known again. A pooled
+    vector stays the same over all noise levels: the mean over the stages.
+    """
+    conds = torch.cat([cond for cond, _ in entries])
+    base = conds.mean(0, keepdim=True)
+    facts = dict(entries[0][1])
+    if facts.get("pooled_output") is not None:
+        firsts = grid.index[:, 0, 0].unique().tolist()  # as in learning, where the first layer's K decides
+        facts["pooled_output"] = torch.stack([entries[i][1]["pooled_output"] for i in firsts]).mean(0)
+    wrapper = _wrapper(base, conds, grid)
+    hook = VariantHook({"wrappers": {comfy.patcher_extension.WrappersMP.APPLY_MODEL: {"concept-carriers": [wrapper]}}})
+    group = facts["hooks"].clone() if facts.get("hooks") is not None else comfy.hooks.HookGroup()
+    group.add(hook)
+    return [base, {**facts, "hooks": group}]
