@@ -49,7 +49,8 @@ def learned(parts, name: str, seed: int, changes: dict):
     import torch
 
     from concepts.host.concept_set import make_set
-    from concepts.host.learn import TokenSettings, learn_tokens
+    from concepts.host.learn import learn
+    from concepts.host.learn_tokens import TokenSession, TokenSettings
 
     novel, scenes = world.NOVEL[name], world.references(name, 5, 0)
     pictures, _ = arrays(scenes)
@@ -60,14 +61,8 @@ def learned(parts, name: str, seed: int, changes: dict):
         data = make_set(
             parts[2], [torch.from_numpy(pictures).float() / 255], [], [world.reference_caption(s, "{}") for s in scenes]
         )
-        return learn_tokens(
-            parts[0],
-            parts[1],
-            data,
-            TokenSettings("novel", seed=seed, init_text=novel.word, **settings),
-            preview_every=0,
-            save_every=0,
-        )
+        settings = TokenSettings("novel", seed=seed, init_text=novel.word, **settings)
+        return learn(TokenSession(parts[0], parts[1], data, settings), preview_every=0, save_every=0)
 
 
 def measured(parts, eyes, name: str, seed: int, method: str) -> dict:

@@ -166,6 +166,7 @@ def ours() -> dict:
 
     from concepts.host import learn
     from concepts.host.concept_set import make_set
+    from concepts.host.learn_tokens import TokenSession, TokenSettings
 
     cpu = torch.device("cpu")
     with torch.inference_mode():
@@ -213,9 +214,9 @@ def ours() -> dict:
             stamps.append(time.perf_counter())
 
     learn.Progress = Clock
-    settings = learn.TokenSettings("bench", steps=STEPS, init_text=WORD, learning_rate=RATE, seed=SEED)
+    settings = TokenSettings("bench", steps=STEPS, init_text=WORD, learning_rate=RATE, seed=SEED)
     with torch.inference_mode():
-        done = learn.learn_tokens(model, clip, data, settings, preview_every=0, save_every=0)
+        done = learn.learn(TokenSession(model, clip, data, settings), preview_every=0, save_every=0)
     # The first interval also holds the loss before learning; the median passes over it.
     return report(done.losses, stamps, peak, {"ComfyUI": comfyui_version.__version__})
 

@@ -1,52 +1,43 @@
-"""Textual Inversion inside the running host: rows of the text encoders' input, learned from a ConceptSet."""
+"""The learning loop inside the running host: any carrier, any objective; shown, saved, continued alike."""
 
 import contextlib
 import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import comfy.model_management
-import comfy.utils
 import torch
 
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierFileError, CarrierMismatch
 from ..carriers.files import write_concept
 from ..kernels.draws import generator, times
-from ..kernels.fit import Adam, Diverged, Sphere, fit
+from ..kernels.fit import Diverged, fit
 from ..kernels.losses import masked_mse, residual
 from . import folders
 from .concept_set import ConceptSet
 from .denoise import Denoiser, sigmas_at
 from .gradients import ordinary, training
 from .progress import Progress
-from .text import Prompts, encoders, start_rows
 
 
 @dataclass(frozen=True)
-class TokenSettings:
-    """How tokens are learned; everything here is kept in the concept's info."""
+class RunSettings:
+    """What every learner asks; all of it is kept in the concept's info."""
 
     name: str
     steps: int = 500
-    vectors: int = 1
-    init: str = "word"
-    init_text: str = ""
     learning_rate: float = 5e-3
     batch: int = 1
     accumulate: int = 1
-    geometry: str = "free"
-    kappa: float = 1e-4
     time_law: str = "uniform"
     time_low: float = 0.0
     time_high: float = 1.0
     masked_loss: bool = False
     seed: int = 0
-    encoders: tuple[str, ...] = ()
-    """Encoder keys to learn; empty for all."""
 
 
 @dataclass(frozen=True)
@@ -64,76 +55,80 @@ class Learned:
     trouble: str
     """Why it is not on disk; empty when it is."""
     seconds: float
+    terms: dict[str, list[float]] = field(default_factory=dict)
+    """Parts of the loss per step, weighted as they were added; empty when there is one."""
 
 
 class Session:
-    """One learning run: rows in, concept out, all state in between."""
+    """One learning run. A learner says what is learned (``prepare``, ``tensors``), what each picture is conditioned on
+    (``condition``), and, when there is more than the diffusion loss, which (``losses``)."""
 
-    def __init__(self, model, clip, data: ConceptSet, settings: TokenSettings, earlier: Concept | None):
+    kind = "tokens"
+
+    def __init__(self, model, clip, data: ConceptSet, settings: RunSettings, earlier: Concept | None = None):
         self.model, self.clip, self.data, self.settings, self.earlier = model, clip, data, settings, earlier
-        chosen = [e for e in encoders(clip) if not settings.encoders or e.key in settings.encoders]
-        if not chosen:
-            have = ", ".join(e.key for e in encoders(clip))
-            raise CarrierMismatch(
-                f"None of the chosen text encoders is in this CLIP, which has {have}; tick one of these."
-            )
-        self.encoders = chosen
+
+    # --- what a learner says
+
+    def prepare(self) -> tuple[dict[str, torch.Tensor], object]:
+        """Start values of everything learned, fp32, and the optimiser; called once inside ``training``."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the concept holds, from ``parameters``."""
+        return dict(self.parameters)
+
+    def condition(self, parameters: Mapping[str, torch.Tensor], pictures: list[int], captions: list[int], sigma):
+        """Host conditioning entries for ``pictures`` at ``sigma`` [b]; a change of ``transformer_options`` or None."""
+        raise NotImplementedError
+
+    def losses(self, parameters, pictures: list[int], captions: list[int], when: torch.Tensor, draw: torch.Generator):
+        """Name -> scalar, summed to the loss; ``diffusion`` is the one that before and after are compared by."""
+        return {"diffusion": self.diffusion(parameters, pictures, captions, when, draw)}
+
+    def facts(self) -> dict:
+        """What else the concept's info says."""
+        return {}
+
+    def attached(self) -> contextlib.AbstractContextManager:
+        """Whatever must be on the model while it learns."""
+        return contextlib.nullcontext()
+
+    # --- the same for all
 
     def begin(self) -> None:
-        """Rows, captions and optimiser; call inside ``training``."""
-        s = self.settings
+        """Model, pictures, start values or those of the earlier run; call inside ``training``."""
         self.denoiser = Denoiser(self.model)
-        self.start = {
-            e.key: start_rows(e, s.init, s.init_text, s.vectors, generator(s.seed, 0, f"start {e.key}")).cpu()
-            for e in self.encoders
-        }
-        self.rows = {k: v.clone() for k, v in (self._earlier_rows() or self.start).items()}
-        self.state = dict(self.earlier.state) if self.earlier else {}
-        self.past = self.state.pop("losses", torch.zeros(0, dtype=torch.float64)).tolist()
-        texts = sorted({t for options in self.data.captions for t in options})
-        self.index = {t: i for i, t in enumerate(texts)}
-        self.prompts = Prompts(self.clip, texts, s.init_text or "thing", {k: len(v) for k, v in self.rows.items()})
-        self.prompts.ready()
         self.clean = [self.denoiser.clean(ordinary(latent)[None]) for latent in self.data.latents]
-        words = (
-            {e.key: e.rows(s.init_text).mean(0).cpu() for e in self.encoders}
-            if s.geometry == "fixed norm" and s.init_text
-            else {}
-        )
-        prior = {k: (v / v.norm()).expand_as(self.rows[k]) for k, v in words.items()}
-        self.optimiser = (
-            Sphere(prior, s.learning_rate, s.kappa) if s.geometry == "fixed norm" else Adam(s.learning_rate)
-        )
+        self.start, self.optimiser = self.prepare()
+        state = dict(self.earlier.state) if self.earlier else {}
+        curves = {k: state.pop(k).tolist() for k in list(state) if k == "losses" or k.startswith("losses.")}
+        self.past = curves.pop("losses", [])
+        self.terms = {k.removeprefix("losses."): v for k, v in curves.items()}
+        hidden = {k.removeprefix("parameter."): state.pop(k) for k in list(state) if k.startswith("parameter.")}
+        device = next(iter(self.start.values())).device
+        self.state = {k: v if k == "step" else v.to(device) for k, v in state.items()}
+        found = self._checked({**self.earlier.tensors, **hidden}) if self.earlier else self.start
+        self.parameters = {k: found[k].to(device, torch.float32, copy=True) for k in self.start}
 
-    def _earlier_rows(self) -> dict[str, torch.Tensor] | None:
-        if self.earlier is None:
-            return None
-        rows = {k: v[0, 0, 0] for k, v in self.earlier.tensors.items()}
+    def _checked(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         wanted = {k: tuple(v.shape) for k, v in self.start.items()}
-        have = {k: tuple(v.shape) for k, v in rows.items()}
-        if wanted != have:
+        have = {k: tuple(v.shape) for k, v in found.items()}
+        if self.earlier.kind != self.kind or any(have.get(k) != shape for k, shape in wanted.items()):
             raise CarrierMismatch(
-                f"Concept <{self.earlier.name}> holds {have}, this node would learn {wanted}; continue with the "
-                "same model, encoders and number of vectors."
+                f"Concept <{self.earlier.name}> holds {_brief(have)}, this node would learn {_brief(wanted)}; continue "
+                "with the same node, model, encoders and number of vectors."
             )
-        return rows
+        return found
 
-    def loss(
-        self,
-        rows: Mapping[str, torch.Tensor],
-        pictures: list[int],
-        captions: list[int],
-        when: torch.Tensor,
-        draw: torch.Generator,
-    ) -> torch.Tensor:
+    def diffusion(self, parameters, pictures, captions, when, draw, condition=None) -> torch.Tensor:
         """Mean diffusion loss of a batch of pictures of one size."""
         d = self.denoiser
         clean = torch.cat([self.clean[i] for i in pictures])
         noise = torch.randn(clean.shape, generator=draw).to(d.device)
         sigma = sigmas_at(d.sampling, when).to(d.device)
-        texts = [self.index[self.data.captions[i][c]] for i, c in zip(pictures, captions, strict=True)]
-        encoded = {t: self.prompts.encode(t, rows) for t in dict.fromkeys(texts)}
-        denoised = d(d.noised(clean, noise, sigma), sigma, [encoded[t] for t in texts])
+        entries, change = (condition or self.condition)(parameters, pictures, captions, sigma)
+        denoised = d(d.noised(clean, noise, sigma), sigma, entries, change)
         error = residual(d.space, sigma, denoised, clean, d.sigma_data)
         return masked_mse(error, self._mask(pictures, clean)).mean()
 
@@ -143,14 +138,20 @@ class Session:
         masks = [self.data.masks[i] for i in pictures]
         return torch.stack([torch.ones_like(like[0, :1]) if m is None else ordinary(m).to(like) for m in masks])
 
-    def step_loss(self, rows, step: int, micro: int) -> torch.Tensor:
+    def step_loss(self, parameters, step: int, micro: int) -> torch.Tensor:
         """The loss of one step; every draw depends on the seed and the step alone."""
         s = self.settings
         draw = generator(s.seed, step * s.accumulate + micro, "step")
         pictures, captions = self.data.draw(s.batch, draw)
-        return self.loss(
-            rows, pictures, captions, times(len(pictures), s.time_law, s.time_low, s.time_high, draw), draw
-        )
+        when = times(len(pictures), s.time_law, s.time_low, s.time_high, draw)
+        found = self.losses(parameters, pictures, captions, when, draw)
+        if len(found) > 1:
+            for name, value in found.items():
+                curve = self.terms.setdefault(name, [])
+                del curve[step + bool(micro) :]
+                curve += [0.0] * (step + 1 - len(curve))
+                curve[step] += float(value.detach()) / s.accumulate
+        return sum(found.values())
 
     def fixed_loss(self, count: int = 8) -> float:
         """Loss at ``count`` fixed pictures, noises and evenly spread times: what before and after are compared by."""
@@ -160,7 +161,7 @@ class Session:
                 draw = generator(s.seed, k, "fixed")
                 when = torch.tensor([s.time_low + (s.time_high - s.time_low) * (k + 0.5) / count], dtype=torch.float64)
                 pictures, captions = self.data.draw(1, draw)
-                total += float(self.loss(self.rows, pictures, captions, when, draw))
+                total += float(self.diffusion(self.parameters, pictures, captions, when, draw))
         return total / count
 
     def preview(self, levels: int = 4) -> torch.Tensor:
@@ -168,34 +169,37 @@ class Session:
         d, s = self.denoiser, self.settings
         with torch.no_grad():
             sigma = torch.cat([sigmas_at(d.sampling, torch.linspace(0.999, 0.25, levels)), torch.zeros(1)]).to(d.device)
-            entry = [self.prompts.encode(self.index[self.data.captions[0][0]], self.rows)]
             noise = torch.randn(self.clean[0].shape, generator=generator(s.seed, 0, "preview")).to(d.device)
             x = d.noised(torch.zeros_like(noise), noise, sigma[:1])
             for now, then in zip(sigma[:-1], sigma[1:], strict=True):
-                denoised = d(x, now[None], entry)
+                denoised = d(x, now[None], *self.condition(self.parameters, [0], [0], now[None]))
                 x = denoised + (x - denoised) * (then / now)
             return denoised
 
     def concept(self, state: Mapping[str, torch.Tensor], losses: list[float], **facts) -> Concept:
         """The concept as it stands."""
-        history = {"losses": torch.tensor(losses, dtype=torch.float64)} if state else {}
+        tensors, kept = self.tensors(), {}
+        if state:
+            curves = {"losses": losses, **{f"losses.{k}": v[: len(losses)] for k, v in self.terms.items()}}
+            kept = {k: torch.tensor(v, dtype=torch.float64) for k, v in curves.items()}
+            kept |= {f"parameter.{k}": v for k, v in self.parameters.items() if k not in tensors}
         info = {
             **asdict(self.settings),
-            "encoders": [e.key for e in self.encoders],
             "steps": len(losses),
             "architecture": type(self.denoiser.model.model_config).__name__,
             "base": self.fingerprint,
+            **self.facts(),
             **facts,
         }
         if losses:
             info |= {"loss_first": losses[0], "loss_last": losses[-1]}
-        return Concept(
-            self.settings.name,
-            "tokens",
-            {k: v.detach().cpu()[None, None, None] for k, v in self.rows.items()},
-            info,
-            {**{k: v.detach().cpu() for k, v in state.items()}, **history},
-        )
+        return Concept(self.settings.name, self.kind, tensors, info, {**state, **kept})
+
+
+def _brief(shapes: Mapping[str, tuple]) -> str:
+    """Shapes of a few tensors; LoRAs have hundreds."""
+    shown = [f"{k} {'x'.join(map(str, v))}" for k, v in list(shapes.items())[:4]]
+    return ", ".join(shown) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else "")
 
 
 def fingerprint(model) -> str:
@@ -213,46 +217,34 @@ def memory_of(model, data: ConceptSet, batch: int) -> float:
     return 4 * model.memory_required([batch, *largest])
 
 
-def learn_tokens(
-    model,
-    clip,
-    data: ConceptSet,
-    settings: TokenSettings,
-    *,
-    earlier: Concept | None = None,
-    preview_every: int = 25,
-    save_every: int = 50,
-    checkpointing: str = "auto",
-) -> Learned:
-    """Learns rows for ``<name>`` so that the model draws the pictures of ``data``.
+def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, checkpointing: str = "auto") -> Learned:
+    """Runs a session to its end.
 
     Neither model nor clip changes. The state is on disk every ``save_every`` steps, and after an interrupt or an error
-    the last finished step is; ``earlier`` continues from there, bit for bit on a CPU. A disk that refuses is reported
-    in the result and never ends the learning.
+    the last finished step is; the session's ``earlier`` concept continues from there, bit for bit on a CPU. A disk that
+    refuses is reported in the result and never ends the learning.
     Raises: CarrierMismatch, Diverged, the host's OOM with advice, the host's interrupt, RuntimeError if nothing was
     learned.
     """
-    began = time.monotonic()
-    session = Session(model, clip, data, settings, earlier)
-    session.fingerprint = fingerprint(model)
-    memory = memory_of(model, data, settings.batch)
-    management = comfy.model_management
+    began, settings = time.monotonic(), session.settings
+    session.fingerprint = fingerprint(session.model)
+    memory = memory_of(session.model, session.data, settings.batch)
+    device, management = session.model.load_device, comfy.model_management
     if checkpointing == "auto":
-        recompute = not management.is_device_cpu(model.load_device) and memory > 0.8 * management.get_free_memory(
-            model.load_device
-        )
+        recompute = not management.is_device_cpu(device) and memory > 0.8 * management.get_free_memory(device)
     else:
         recompute = checkpointing == "on"
     file = folders.output("autosave") / f"{settings.name}-{_short(settings)}.safetensors"
-    with training(model, clip.patcher, checkpointing=recompute, memory=memory):
+    patchers = (session.model, session.clip.patcher)
+    with training(*patchers, checkpointing=recompute, memory=memory), session.attached():
         session.begin()
         losses, previews, last = list(session.past), [session.preview()], session.state
-        progress = Progress(settings.steps, model)
+        progress = Progress(settings.steps, session.model)
         before = session.fixed_loss()
         try:
             with _advice(settings):
                 for step in fit(
-                    session.rows,
+                    session.parameters,
                     session.step_loss,
                     session.optimiser,
                     settings.steps,
@@ -279,13 +271,13 @@ def learn_tokens(
             raise
         after = session.fixed_loss()
         concept = session.concept(last, losses, loss_before=before, loss_after=after)
-        if all(torch.equal(session.rows[k], v) for k, v in session.start.items()):
+        if all(torch.equal(session.parameters[k], v) for k, v in session.start.items()):
             raise RuntimeError(
-                "Nothing was learned: the rows did not move. Raise the learning rate or the number of steps."
+                "Nothing was learned: what is learned did not move. Raise the learning rate or the number of steps."
             )
         trouble = keep(concept, file)
         shown = session.denoiser.model.process_latent_out(torch.cat(previews)).cpu()
-    return Learned(concept, losses, before, after, shown, file, trouble, time.monotonic() - began)
+    return Learned(concept, losses, before, after, shown, file, trouble, time.monotonic() - began, session.terms)
 
 
 def keep(concept: Concept, file: Path) -> str:
@@ -298,12 +290,12 @@ def keep(concept: Concept, file: Path) -> str:
         return str(error)
 
 
-def _short(settings: TokenSettings) -> str:
+def _short(settings: RunSettings) -> str:
     return hashlib.blake2b(repr(settings).encode(), digest_size=3).hexdigest()
 
 
 @contextlib.contextmanager
-def _advice(settings: TokenSettings):
+def _advice(settings: RunSettings):
     """Says what to lower when memory runs out."""
     try:
         yield

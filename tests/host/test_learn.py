@@ -14,22 +14,19 @@ pytestmark = pytest.mark.usefixtures("host")
 
 
 def settings(**changes):
-    from concepts.host.learn import TokenSettings
+    from concepts.host.learn_tokens import TokenSettings
 
     return replace(TokenSettings("mug", steps=4, vectors=2, init_text="mug", batch=2), **changes)
 
 
 def learn(toy, data, earlier=None, checkpointing="off", **changes):
     """One run as a node does it, in inference mode."""
-    from concepts.host.learn import learn_tokens
+    from concepts.host import learn as learning
+    from concepts.host.learn_tokens import TokenSession
 
     with torch.inference_mode():
-        return learn_tokens(
-            toy[0],
-            toy[1],
-            data,
-            settings(**changes),
-            earlier=earlier,
+        return learning.learn(
+            TokenSession(toy[0], toy[1], data, settings(**changes), earlier),
             preview_every=2,
             save_every=2,
             checkpointing=checkpointing,
@@ -62,22 +59,26 @@ def sampled(toy) -> torch.Tensor:
         )
 
 
-@pytest.mark.parametrize("geometry", ["free", "fixed norm"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_continued_equals_one_run(toy, mug_set, geometry, accumulate, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"geometry": "free"},
+        {"geometry": "fixed norm"},
+        {"accumulate": 2},
+        {"geometry": "fixed norm", "accumulate": 2},
+        {"layers": "each"},
+        {"stages": 3},
+        {"layers": "each", "stages": 2},
+    ],
+    ids=str,
+)
+def test_continued_equals_one_run(toy, mug_set, changes, tmp_path):
     from concepts.carriers.files import write_concept
 
-    whole = learn(toy, mug_set, steps=5, geometry=geometry, accumulate=accumulate)
-    first = learn(toy, mug_set, steps=3, geometry=geometry, accumulate=accumulate)
+    whole = learn(toy, mug_set, steps=5, **changes)
+    first = learn(toy, mug_set, steps=3, **changes)
     write_concept(first.concept, tmp_path / "first.safetensors")
-    rest = learn(
-        toy,
-        mug_set,
-        earlier=read_concept(tmp_path / "first.safetensors"),
-        steps=2,
-        geometry=geometry,
-        accumulate=accumulate,
-    )
+    rest = learn(toy, mug_set, earlier=read_concept(tmp_path / "first.safetensors"), steps=2, **changes)
     assert same(whole.concept.tensors, rest.concept.tensors)
     assert same(whole.concept.state, rest.concept.state)
     assert whole.losses == rest.losses and len(whole.losses) == 5
@@ -174,6 +175,49 @@ def test_continuing_another_shape_is_refused(toy, mug_set):
         learn(toy, mug_set, earlier=earlier, vectors=3)
     with pytest.raises(ValueError, match="geometry"):
         learn(toy, mug_set, earlier=earlier, geometry="fixed norm")
+
+
+def test_what_is_learned_is_what_the_prompt_uses(toy, mug_set):
+    """Rows per layer and stage: the loss of learning equals the one through the stock path of Concept Prompt."""
+    from concepts.host.denoise import Denoiser
+    from concepts.host.text import encode_prompt
+
+    done = learn(toy, mug_set, steps=6, layers="each", stages=2, learning_rate=0.05, vectors=1)
+    assert done.concept.tensors["clip_l"].shape[:3] == (2, 6, 1)
+    assert len(done.concept.tensors["clip_l"].reshape(12, -1).unique(dim=0)) == 12, "every row was learned"
+    with torch.inference_mode():
+        (cond,) = encode_prompt(toy[1], mug_set.captions[0][0].replace("{}", "<mug>"), [(done.concept, 1.0)])
+    from concepts.host.gradients import training
+    from concepts.host.learn_tokens import TokenSession
+
+    with training(toy[0], toy[1].patcher):
+        session = TokenSession(toy[0], toy[1], mug_set, settings(layers="each", stages=2, vectors=1), done.concept)
+        session.begin()
+        d = Denoiser(toy[0])
+        (hook,) = cond[1]["hooks"].hooks
+        for level in (0.5, 20.0):
+            sigma, x = torch.tensor([level]), torch.randn(session.clean[0].shape)
+            with torch.no_grad():
+                learned = d(x, sigma, *session.condition(session.parameters, [0], [0], sigma))
+                plain = [ordinary_entry(cond)]
+                used = d(x, sigma, plain, lambda options: {**options, "wrappers": hook.transformers_dict["wrappers"]})
+            torch.testing.assert_close(used, learned, rtol=1e-4, atol=1e-5)
+
+
+def ordinary_entry(entry):
+    """A conditioning entry without its hooks, as tensors that autograd accepts."""
+    return [entry[0].clone(), {"pooled_output": entry[1]["pooled_output"].clone()}]
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_layers_are_refused_without_cross_attention(mug_set, family):
+    from concepts.host.learn_tokens import TokenSession
+
+    from .tiny import tiny
+
+    made = tiny(family)
+    with pytest.raises(CarrierMismatch, match="layers to shared"):
+        TokenSession(made.model, made.clip, mug_set, settings(layers="each"))
 
 
 def test_fixed_norm_keeps_the_norm(toy, mug_set):

@@ -1,0 +1,186 @@
+"""Inputs and outputs that all learners share, in the order in which they stand on a node."""
+
+import torch
+from comfy_api.latest import io
+
+from ..host.learn import Learned, Session, learn
+from ..host.pictures import loss_curve
+from ..host.report import learned_text
+from ..host.text import encoders
+from ..kernels.draws import LAWS
+from .sockets import Concept, ConceptSet
+
+
+def sources(name: str) -> list:
+    """Model, text encoders, pictures, and the concept's name."""
+    return [
+        io.Model.Input("model", tooltip="Model to learn against. It stays as it is."),
+        io.Clip.Input("clip", tooltip="The model's text encoders; the learned vectors go into their input."),
+        ConceptSet.Input("concept_set", tooltip="From Make Concept Set."),
+        io.String.Input(
+            "name", default=name, tooltip="Name of the concept: write <name> in prompts. Letters, digits, - and _."
+        ),
+    ]
+
+
+def pace(steps: int, rate: float, steps_tip: str, rate_tip: str) -> list:
+    """Steps, learning rate, batch and seed."""
+    return [
+        io.Int.Input("steps", default=steps, min=1, max=100000, tooltip=steps_tip),
+        io.Float.Input("learning_rate", default=rate, min=1e-6, max=1.0, step=1e-4, round=False, tooltip=rate_tip),
+        io.Int.Input(
+            "batch",
+            default=1,
+            min=1,
+            max=64,
+            tooltip="Pictures per forward pass. More is steadier and needs more memory.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=False,
+            tooltip="Decides noise, timesteps and picture order. The same seed gives the same concept.",
+        ),
+    ]
+
+
+def noise(accumulate: int = 1) -> list:
+    """Accumulation, noise levels and mask."""
+    return [
+        io.Int.Input(
+            "accumulate",
+            default=accumulate,
+            min=1,
+            max=64,
+            advanced=True,
+            tooltip="Batches per optimiser step: the effect of a larger batch without its memory.",
+        ),
+        io.Combo.Input(
+            "timestep_law",
+            options=list(LAWS),
+            default="uniform",
+            advanced=True,
+            tooltip="Which noise levels are trained. logit-normal is usual for SD3 and Flux.",
+        ),
+        io.Float.Input(
+            "timestep_low",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Lowest trained time; 0 is a clean picture.",
+        ),
+        io.Float.Input(
+            "timestep_high",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Highest trained time; 1 is pure noise. Must be above timestep_low.",
+        ),
+        io.Boolean.Input(
+            "masked_loss",
+            default=False,
+            advanced=True,
+            tooltip="Count only the masked area of each picture, so that backgrounds are not learned.",
+        ),
+    ]
+
+
+def ticks() -> list:
+    """Which text encoders get vectors."""
+    return [
+        io.Boolean.Input(
+            "use_clip_l", default=True, advanced=True, tooltip="Learn vectors for CLIP-L (SD1.5, SDXL, SD3, Flux)."
+        ),
+        io.Boolean.Input("use_clip_g", default=True, advanced=True, tooltip="Learn vectors for CLIP-G (SDXL, SD3)."),
+        io.Boolean.Input("use_t5xxl", default=True, advanced=True, tooltip="Learn vectors for T5-XXL (SD3, Flux)."),
+        io.Boolean.Input(
+            "use_other", default=True, advanced=True, tooltip="Learn vectors for any other text encoder, such as SD2's."
+        ),
+    ]
+
+
+def keeping() -> list:
+    """Previews, autosaves and checkpointing."""
+    return [
+        io.Int.Input(
+            "preview_every",
+            default=25,
+            min=0,
+            max=10000,
+            advanced=True,
+            tooltip="Steps between live previews, which cost four forward passes each. 0 turns them off.",
+        ),
+        io.Int.Input(
+            "save_every",
+            default=50,
+            min=0,
+            max=10000,
+            advanced=True,
+            tooltip="Steps between autosaves to output/concepts/autosave. 0: only at the end and on an interrupt.",
+        ),
+        io.Combo.Input(
+            "checkpointing",
+            options=["auto", "on", "off"],
+            default="auto",
+            advanced=True,
+            tooltip="Recompute blocks instead of keeping them: about a third slower, far less memory, the same result.",
+        ),
+    ]
+
+
+def continued() -> list:
+    """The socket for going on."""
+    return [
+        Concept.Input(
+            "continue_from",
+            optional=True,
+            tooltip="A concept of the same shape to go on from, with its optimiser state: N then M more "
+            "steps equal N + M.",
+        )
+    ]
+
+
+def outputs() -> list:
+    """What every learner gives."""
+    return [
+        Concept.Output(
+            display_name="concept", tooltip="The learned concept. Connect to Concept Prompt or Save Concept."
+        ),
+        io.Image.Output(display_name="loss_curve", tooltip="Loss per step and its running mean."),
+        io.LossMap.Output(display_name="loss_map", tooltip="The losses, for the host's Plot Loss Graph."),
+        io.Latent.Output(
+            display_name="previews",
+            tooltip="Quick estimates of one fixed noise along the way; decode them to see it learn.",
+        ),
+        io.String.Output(
+            display_name="report", tooltip="Steps, loss before and after, seconds, norms, and where it was saved."
+        ),
+    ]
+
+
+def chosen(clip, values: dict) -> tuple[str, ...]:
+    """Encoder keys of this CLIP that are ticked in a node's ``values``."""
+    wanted = {key: values[f"use_{key}"] for key in ("clip_l", "clip_g", "t5xxl")}
+    return tuple(e.key for e in encoders(clip) if wanted.get(e.key, values["use_other"])) or ("none ticked",)
+
+
+def run_settings(values: dict) -> dict:
+    """A node's shared ``values`` as arguments of RunSettings."""
+    same = ("name", "steps", "learning_rate", "batch", "accumulate", "masked_loss", "seed")
+    return {k: values[k] for k in same} | {f"time_{k}": values[f"timestep_{k}"] for k in ("law", "low", "high")}
+
+
+def run(session: Session, values: dict) -> tuple[Learned, tuple, str]:
+    """Learns as a node's ``values`` say. Returns: the result, the values of ``outputs()``, and the report."""
+    shown = {k: values[k] for k in ("preview_every", "save_every", "checkpointing")}
+    done = learn(session, **shown)
+    text = learned_text(done)
+    curve = loss_curve(done.losses, f"<{done.concept.name}>")
+    losses = {"loss": [torch.tensor(v) for v in done.losses]}
+    return done, (done.concept, curve, losses, {"samples": done.previews}, text), text
