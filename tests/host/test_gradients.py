@@ -138,3 +138,26 @@ def test_finite_differences_agree():
         with torch.no_grad():
             slope = (value(row + 1e-2 * direction) - value(row - 1e-2 * direction)) / 2e-2
     assert float(slope) == pytest.approx(float(row.grad.norm()), rel=2e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloaded_weights_give_the_same_gradient(family, monkeypatch):
+    """Weights that the host streams in on every use, as it does when memory is short."""
+    import comfy.model_management as management
+
+    from concepts.host.gradients import training
+
+    made = tiny(family)
+    whole = loss_and_gradient(made, training(made.model, made.clip.patcher))
+    made.model.unpatch_model()
+    load = management.load_models_gpu
+
+    def little(models, *args, **kwargs):
+        load(models, *args, **kwargs)
+        models[0].unpatch_model()
+        models[0].load(models[0].load_device, lowvram_model_memory=1000)
+        assert models[0].lowvram_patch_counter() == 0 and models[0].model.model_lowvram
+
+    monkeypatch.setattr(management, "load_models_gpu", little)
+    part = loss_and_gradient(made, training(made.model, made.clip.patcher))
+    assert part[0] == pytest.approx(whole[0], rel=1e-6) and relative(part[1], whole[1]) < 1e-4

@@ -261,3 +261,24 @@ def test_memory_stays_flat_over_200_cycles(toy, mug_set):
     for seed in range(20, 200):
         cycle(seed)
     assert resident() <= 1.03 * start
+
+
+def test_running_out_of_memory_says_what_to_lower_and_keeps_the_concept(toy, mug_set, monkeypatch):
+    import comfy.model_management as management
+
+    from concepts.host import learn as learning
+
+    fresh, step_loss = learn(toy, mug_set, steps=4), learning.Session.step_loss
+
+    def full(self, parameters, step, micro):
+        if step == 3:
+            raise management.OOM_EXCEPTION("CUDA out of memory")
+        return step_loss(self, parameters, step, micro)
+
+    monkeypatch.setattr(learning.Session, "step_loss", full)
+    with pytest.raises(management.OOM_EXCEPTION, match="lower the batch.*smaller.*checkpointing"):
+        learn(toy, mug_set, steps=4)
+    monkeypatch.undo()
+    kept = read_concept(fresh.saved)
+    assert kept.info["steps"] == 3 and kept.state["losses"].tolist() == fresh.losses[:3]
+    assert same(learn(toy, mug_set, earlier=kept, steps=1).concept.tensors, fresh.concept.tensors)
