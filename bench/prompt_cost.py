@@ -1,6 +1,6 @@
-"""What rows per stage, layer and role cost while sampling: the stock KSampler against the same prompt with plain tokens.
+"""What rows per stage, layer and role cost while sampling, against the same prompt with plain tokens.
 
-Toy world, 20 steps with CFG, in pairs that take turns in one process. ``nox -s bench -- prompt_cost``
+Toy world, stock KSampler, 20 steps with CFG, in pairs that take turns in one process. ``nox -s bench -- prompt_cost``
 """
 
 import json
