@@ -5,7 +5,7 @@ text encoder together), ``pack``, ``polish`` (the packed denoiser alone, on new 
 objects).
 Working files go to ``--work``; ``pack`` and ``polish`` write the bf16 file that the repository carries. On two cores of
 an AMD EPYC about four hours: VAE 50 minutes, decoder 12, denoiser 100 (0.43 s a step on an otherwise idle machine),
-polish 40.
+polish 50.
 """
 
 import argparse
@@ -472,19 +472,22 @@ def train_unet(work: Path, steps: int, batch: int = 32) -> None:
         trainer.run(loss_of, report, every=250)
 
 
-def polish(work: Path, file: Path, steps: int, batch: int = 32) -> None:
-    """Goes on with the denoiser of a packed file, and writes it there; text encoder and VAE stay as they are."""
+def polish(work: Path, file: Path, number: int, steps: int, batch: int = 32) -> None:
+    """Goes on with the denoiser of a packed file, and writes it there; text encoder and VAE stay as they are.
+
+    Every round, by its ``number``, has pictures of its own.
+    """
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     from host import toybox
 
-    kept = work / "polish" / "before.safetensors"
+    kept = work / f"polish-{number}" / "before.safetensors"
     kept.parent.mkdir(exist_ok=True)
     if not kept.is_file():
         kept.write_bytes(file.read_bytes())
     model, clip, vae = toybox.load(kept)
-    scenes = small_scenes(PICTURES, 7)
+    scenes = small_scenes(PICTURES, 7 + number)
     data = pictures(scenes, kept.parent / "pictures.npy")
     z = SCALE * latents(vae.first_stage_model, data, kept.parent)
     ids = caption_ids(scenes, clip.tokenizer, kept.parent)
@@ -555,7 +558,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--decoder-steps", type=int, default=1600)
     parser.add_argument("--unet-steps", type=int, default=14000)
-    parser.add_argument("--polish-steps", type=int, default=4000)
+    parser.add_argument("--polish-steps", type=int, nargs="*", default=[4000, 2500], help="of every round")
     a = parser.parse_args()
     start_host(a.host.resolve())
     a.work.mkdir(parents=True, exist_ok=True)
@@ -569,7 +572,8 @@ def main() -> None:
     if a.stage in ("pack", "all"):
         pack(a.work, packed)
     if a.stage in ("polish", "all"):
-        polish(a.work, packed, a.polish_steps)
+        for number, steps in enumerate(a.polish_steps):
+            polish(a.work, packed, number, steps)
 
 
 if __name__ == "__main__":
