@@ -105,7 +105,7 @@ def test_gradients_equal_those_of_merged_weights(family, checkpointing):
     made = tiny(family)
     concept = random_delta(made.model, "all linear", single_blocks=True)
     chosen = lora.layers(made.model, "all linear", True)
-    assert len(chosen) > 20
+    assert len(chosen) > 10
 
     def leaves():
         return {k: v.clone().requires_grad_() for k, v in concept.tensors.items() if not k.endswith(ALPHA)}
@@ -123,12 +123,13 @@ def test_gradients_equal_those_of_merged_weights(family, checkpointing):
         around=lambda: merged(made.model, chosen, theirs, 1.0),
         leaves=tuple(theirs.values()),
     )
-    torch.testing.assert_close(with_hooks, in_weights, rtol=1e-4, atol=1e-4)
-    worst = max(float((a - b).norm() / b.norm().clamp_min(1e-3)) for a, b in zip(got, expected, strict=True))
-    assert worst < 1e-3 and all(float(g.norm()) > 0 for g in expected)
+    torch.testing.assert_close(with_hooks, in_weights, rtol=1e-3, atol=1e-3)
+    floor = 1e-3 * max(float(g.norm()) for g in expected)  # with one channel per group the time embedding has none
+    worst = max(float((a - b).norm() / b.norm().clamp_min(floor)) for a, b in zip(got, expected, strict=True))
+    assert worst < (1e-4 if family in ("sd3", "flux") else 1e-3) and all(float(g.norm()) > 0 for g in expected)
 
 
-@pytest.mark.parametrize("family, cross", [("sd15", 5), ("sd2", 5), ("sdxl", 8), ("sd3", 0), ("flux", 0)])
+@pytest.mark.parametrize("family, cross", [("sd15", 7), ("sd2", 7), ("sdxl", 8), ("sd3", 0), ("flux", 0)])
 def test_choices_of_layers(family, cross):
     from concepts.host import lora
 
