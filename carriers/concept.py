@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import delta
 from .errors import CarrierError
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -28,7 +29,8 @@ class Concept:
     kind: str
     """One of ``KINDS``."""
     tensors: Mapping[str, torch.Tensor]
-    """For ``tokens``: rows of the encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32."""
+    """For ``tokens``: rows of the encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32.
+    For ``delta``: the names and shapes of delta.py."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """JSON facts: settings, losses, base model."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -59,17 +61,24 @@ class Concept:
 
     def summary(self) -> str:
         """What it holds and how it was learned, in a few lines."""
-        lines = [f"<{self.name}>: {self.kind}"]
-        for key, value in self.tensors.items():
-            shape = ", ".join(
-                f"{n} {axis}" for n, axis in zip(value.shape, AXES, strict=True) if n > 1 or axis in AXES[3:]
-            )
-            lines.append(f"{key}: {shape}; mean norm {float(value.norm(dim=-1).mean()):.3f}")
+        lines = [f"<{self.name}>: {self.kind}", *self.contents()]
         lines += [f"{key}: {value}" for key, value in sorted(self.info.items())]
         lines.append(
             "training state: " + (f"{len(self.state)} tensors, learning can continue" if self.state else "none")
         )
         return "\n".join(lines)
+
+    def contents(self) -> list[str]:
+        """Lines about the tensors alone."""
+        if self.kind == "delta":
+            return delta.lines(self.tensors)
+        lines = []
+        for key, value in self.tensors.items():
+            shape = ", ".join(
+                f"{n} {axis}" for n, axis in zip(value.shape, AXES, strict=True) if n > 1 or axis in AXES[3:]
+            )
+            lines.append(f"{key}: {shape}; mean norm {float(value.norm(dim=-1).mean()):.3f}")
+        return lines
 
 
 def _own(value: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -97,4 +106,4 @@ def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[
             )
 
 
-KINDS = {"tokens": _check_tokens}
+KINDS = {"tokens": _check_tokens, "delta": delta.check}

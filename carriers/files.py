@@ -1,7 +1,8 @@
 """Concepts on disk: one safetensors file, written atomically, checked completely when read.
 
 Plain tokens lie under the encoder's key as [vectors, width], so the file is also a stock ``embedding:name`` file
-(comfy/sd1_clip.py load_embed). Everything else is under ``concepts.``; metadata carries a SHA-256 over all of it.
+(comfy/sd1_clip.py load_embed); deltas lie under their own names, so the file is also a stock LoRA. Everything else is
+under ``concepts.``; metadata carries a SHA-256 over all of it.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from .concept import Concept
+from .delta import BUNDLE
 from .errors import CarrierError, CarrierFileError
 
 VERSION = "1"
@@ -23,6 +25,8 @@ LARGEST = 1 << 30
 LONGEST_HEADER = 16 << 20
 OWN = "concepts."
 TOKENS, STATE = OWN + "tokens.", OWN + "state."
+SPECS = {"tokens": "textual-inversion", "delta": "lora"}
+"""Names of the kinds in https://github.com/Stability-AI/ModelSpec."""
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
 
@@ -32,10 +36,7 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
     ``notes``: extra metadata, such as prompt and workflow as JSON.
     Raises: CarrierFileError when the disk refuses, naming the file.
     """
-    tensors = {
-        k if v.shape[:3] == (1, 1, 1) else TOKENS + k: v[0, 0, 0] if v.shape[:3] == (1, 1, 1) else v
-        for k, v in concept.tensors.items()
-    }
+    tensors = dict(_placed(k, v) for k, v in concept.tensors.items())
     tensors |= {STATE + k: v for k, v in concept.state.items()}
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     metadata = {
@@ -45,13 +46,26 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
         OWN + "name": concept.name,
         OWN + "info": json.dumps(concept.info, sort_keys=True),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{concept.info.get('architecture', 'unknown')}/textual-inversion",
+        "modelspec.architecture": f"{concept.info.get('architecture', 'unknown')}/{SPECS[concept.kind]}",
         "modelspec.implementation": "concept-carriers",
         "modelspec.title": concept.name,
         "modelspec.trigger_phrase": f"<{concept.name}>",
     }
     metadata[OWN + "digest"] = _digest(tensors, metadata)
     _replace(Path(path), save(tensors, metadata))
+
+
+def _placed(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Name and form in the file: token rows have five axes, nothing else has."""
+    if value.dim() != 5:
+        return key, value
+    return (key, value[0, 0, 0]) if value.shape[:3] == (1, 1, 1) else (TOKENS + key, value)
+
+
+def _taken(key: str, value: torch.Tensor, kind: str) -> tuple[str, torch.Tensor]:
+    """What ``_placed`` was given."""
+    plain = not key.startswith(TOKENS) and (kind == "tokens" or key.startswith(BUNDLE))
+    return key.removeprefix(TOKENS), value[None, None, None] if plain else value
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
@@ -162,14 +176,11 @@ def from_parts(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
     if metadata.get(OWN + "digest") != _digest(tensors, metadata):
         raise CarrierFileError(f"{path} is damaged: its checksum does not match. Copy or save it again.")
     try:
-        learned = {
-            k.removeprefix(TOKENS): v if k.startswith(TOKENS) else v[None, None, None]
-            for k, v in tensors.items()
-            if not k.startswith(STATE)
-        }
+        kind = metadata[OWN + "kind"]
+        learned = dict(_taken(k, v, kind) for k, v in tensors.items() if not k.startswith(STATE))
         return Concept(
             metadata[OWN + "name"],
-            metadata[OWN + "kind"],
+            kind,
             learned,
             json.loads(metadata[OWN + "info"]),
             {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)},

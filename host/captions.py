@@ -82,16 +82,31 @@ class Prompts:
         cond, pooled, *extra = self.clip.cond_stage_model.encode_token_weights(tokens)
         return [cond, {"pooled_output": pooled, **(extra[0] if extra else {})}]
 
-    def conditions(self, grid: Grid, rows: Mapping[str, torch.Tensor], texts: list[int], stages: torch.Tensor):
+    def conditions(
+        self,
+        grid: Grid,
+        rows: Mapping[str, torch.Tensor],
+        texts: list[int],
+        stages: torch.Tensor,
+        others: Rows | None = None,
+        kept: dict | None = None,
+    ):
         """What a batch is conditioned on: caption ``texts[b]`` with the rows of stage ``stages[b]``.
 
-        rows: encoder key -> [stages, layers, roles, n, width]. Returns: host conditioning entries, one per sample, and
-        a change of ``transformer_options`` for ``Denoiser``, or None when all layers see the same.
+        rows: encoder key -> [stages, layers, roles, n, width]; ``others``: those of further marks, [n, width].
+        ``kept``: a dict in which encoded captions stay for later calls, when no row ever changes.
+        Returns: host conditioning entries, one per sample, and a change of ``transformer_options`` for
+        ``Denoiser``, or None when all layers see the same.
         """
-        encoded = {}
+        encoded = {} if kept is None else kept
         for text, stage in dict.fromkeys(zip(texts, stages.tolist(), strict=True)):
+            if (text, stage) in encoded:
+                continue
             numbers = grid.index[stage].flatten().unique().tolist()
-            many = [{"": {k: variant(v, grid.cells[number][0]) for k, v in rows.items()}} for number in numbers]
+            many = [
+                {"": {k: variant(v, grid.cells[number][0]) for k, v in rows.items()}, **(others or {})}
+                for number in numbers
+            ]
             if len(many) == 1:
                 entry = self.encode(text, many[0])
                 contexts = entry[0]

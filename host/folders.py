@@ -4,6 +4,9 @@ from pathlib import Path
 
 import folder_paths
 
+from ..carriers.concept import Concept
+from ..carriers.delta import bundled
+
 KIND = "concepts"
 EXAMPLES = Path(__file__).resolve().parent.parent / "demo" / "concepts"
 
@@ -42,9 +45,18 @@ def output(*inner: str) -> Path:
     return place
 
 
-def embeddings() -> Path:
-    """The first embeddings folder, where ``embedding:name`` finds files."""
-    place = Path(folder_paths.get_folder_paths("embeddings")[0])
+def home(folder: str, concept: Concept) -> Path:
+    """Where a concept is saved: ``concepts`` is output/concepts, others are the host's first folder of that name.
+
+    Raises: ValueError when the stock loader of that folder could not read it.
+    """
+    if folder == KIND:
+        return output()
+    if folder == "embeddings" and concept.kind == "delta" and not bundled(concept.tensors, concept.name):
+        raise ValueError(f"<{concept.name}> bundles no token rows, so it is no embedding; choose concepts or loras.")
+    if folder == "loras" and concept.kind != "delta":
+        raise ValueError(f"<{concept.name}> is made of {concept.kind}; choose concepts or embeddings.")
+    place = Path(folder_paths.get_folder_paths(folder)[0])
     place.mkdir(parents=True, exist_ok=True)
     return place
 

@@ -64,11 +64,16 @@ class Session:
     (``condition``), and, when there is more than the diffusion loss, which (``losses``)."""
 
     kind = "tokens"
+    passes = 1
+    """Batches whose activations are kept at once: more than one when a step's loss has several."""
 
     def __init__(self, model, clip, data: ConceptSet, settings: RunSettings, earlier: Concept | None = None):
         self.model, self.clip, self.data, self.settings, self.earlier = model, clip, data, settings, earlier
 
     # --- what a learner says
+
+    def gather(self) -> None:
+        """What the model has to make before it learns; called first, with the model as the host left it."""
 
     def prepare(self) -> tuple[dict[str, torch.Tensor], object]:
         """Start values of everything learned, fp32, and the optimiser; called once inside ``training``."""
@@ -227,8 +232,9 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
     learned.
     """
     began, settings = time.monotonic(), session.settings
+    session.gather()
     session.fingerprint = fingerprint(session.model)
-    memory = memory_of(session.model, session.data, settings.batch)
+    memory = memory_of(session.model, session.data, settings.batch * session.passes)
     device, management = session.model.load_device, comfy.model_management
     if checkpointing == "auto":
         recompute = not management.is_device_cpu(device) and memory > 0.8 * management.get_free_memory(device)

@@ -4,18 +4,17 @@ import torch
 
 from ..carriers.concept import Concept
 from .learn import Learned
-from .text import encoders
+from .text import as_tokens, encoders
 
 
 def learned_text(done: Learned) -> str:
     """Summary of a learning run."""
     info = done.concept.info
-    norms = ", ".join(f"{k} {float(v.norm(dim=-1).mean()):.3f}" for k, v in done.concept.tensors.items())
     change = 100 * (done.after / done.before - 1) if done.before else 0.0
     lines = [
         f"<{done.concept.name}>: {info['steps']} steps in {done.seconds:.1f} s",
         f"loss on fixed noise: {done.before:.5f} before, {done.after:.5f} after ({change:+.1f}%)",
-        f"mean norm of the vectors: {norms}",
+        *done.concept.contents(),
         f"NOT SAVED: {done.trouble}" if done.trouble else f"saved: output/concepts/autosave/{done.saved.name}",
     ]
     if done.after >= done.before:
@@ -38,9 +37,9 @@ def nearest_words(encoder, rows: torch.Tensor, count: int = 5) -> list[list[tupl
 
 def inspect_text(concept: Concept, clip=None, count: int = 5) -> tuple[str, list[tuple[str, float]]]:
     """What a concept holds, as text, and (label, cosine) pairs for a picture."""
-    lines, marks = [concept.summary()], []
+    lines, marks, held = [concept.summary()], [], as_tokens(concept)
     for encoder in encoders(clip) if clip is not None else []:
-        rows = concept.tensors.get(encoder.key)
+        rows = held.tensors.get(encoder.key) if held else None
         if rows is None or rows.shape[-1] != encoder.width:
             lines.append(f"{encoder.key}: nothing learned for this text encoder")
             continue

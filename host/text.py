@@ -9,6 +9,7 @@ import torch
 from comfy.sd1_clip import SDTokenizer
 
 from ..carriers.concept import Concept
+from ..carriers.delta import bundled
 from ..carriers.errors import CarrierMismatch
 from .variants import Grid, attach
 
@@ -144,6 +145,14 @@ def plain_rows(concept: Concept, encoder: Encoder, count: int) -> torch.Tensor:
     return words.mean(0, keepdim=True).expand(count, -1)
 
 
+def as_tokens(concept: Concept) -> Concept | None:
+    """The rows that a prompt can name: the concept itself, or what a delta bundles; None when it bundles nothing."""
+    if concept.kind == "tokens":
+        return concept
+    rows = bundled(concept.tensors, concept.name)
+    return Concept(concept.name, "tokens", rows, concept.info) if rows else None
+
+
 def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, torch.Tensor]:
     """Rows [stages, layers, roles, n, width] per encoder key for one concept in this CLIP, fp32.
 
@@ -188,8 +197,9 @@ def _widths(found: list[Encoder]) -> str:
 def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
     """Prompt with ``<name>`` placeholders -> the host's CONDITIONING.
 
-    Without a placeholder, and for strength 0 up to the plain word, this is the stock encoder bit for bit. Concepts with
-    rows per stage, layer or role are encoded once per variant and travel in the conditioning (variants.py).
+    Without a placeholder, and for strength 0 up to the plain word, this is the stock encoder bit for bit. A delta
+    stands for the rows it bundles, or for the words it was learned with. Concepts with rows per stage, layer or role
+    are encoded once per variant and travel in the conditioning (variants.py).
     Raises: ValueError for an unknown or doubled name, CarrierMismatch for a concept that does not fit.
     """
     by_name: dict[str, tuple[Concept, float]] = {}
@@ -209,7 +219,11 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
         )
     names, shown, rows = {}, [], []
     for name in wanted:
-        concept, strength = by_name[name]
+        given, strength = by_name[name]
+        concept = as_tokens(given)
+        if concept is None:
+            names[name] = given.info.get("token_text") or name
+            continue
         own = concept_rows(clip, concept, strength)
         if strength == 0:
             names[name] = concept.info.get("init_text") or ""

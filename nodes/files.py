@@ -39,10 +39,11 @@ class SaveCarrier(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "folder",
-                    options=["concepts", "embeddings"],
+                    options=["concepts", "embeddings", "loras"],
                     default="concepts",
                     tooltip="concepts: output/concepts. embeddings: models/embeddings, where the stock "
-                    "embedding:name finds it.",
+                    "embedding:name finds it. loras: models/loras, where the stock LoRA loader lists it; without "
+                    "training state.",
                 ),
                 io.Boolean.Input(
                     "training_state",
@@ -65,15 +66,15 @@ class SaveCarrier(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept, filename, folder, training_state, workflow) -> io.NodeOutput:
-        place = folders.output() if folder == "concepts" else folders.embeddings()
+        state = training_state and folder != "loras"  # the stock loader warns about every tensor it does not know
         notes = (
             {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
             if workflow and folders.metadata_allowed()
             else {}
         )
         target = write_new(
-            concept if training_state else replace(concept, state={}),
-            place,
+            concept if state else replace(concept, state={}),
+            folders.home(folder, concept),
             filename.strip() or concept.name,
             {k: json.dumps(v) for k, v in notes.items() if v is not None},
         )

@@ -170,6 +170,14 @@ def chosen(clip, values: dict) -> tuple[str, ...]:
     return tuple(e.key for e in encoders(clip) if wanted.get(e.key, values["use_other"])) or ("none ticked",)
 
 
+def single(lists: dict) -> dict:
+    """The values of a node that takes lists for the sake of one input. Raises: ValueError where several arrived."""
+    for key, value in lists.items():
+        if value is not None and len(value) != 1:
+            raise ValueError(f"{key} got a list of {len(value)}; connect a single one.")
+    return {k: v[0] for k, v in lists.items() if v is not None}
+
+
 def run_settings(values: dict) -> dict:
     """A node's shared ``values`` as arguments of RunSettings."""
     same = ("name", "steps", "learning_rate", "batch", "accumulate", "masked_loss", "seed")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from concepts.carriers.concept import Concept
+from concepts.carriers.delta import bundled
 from concepts.carriers.errors import CarrierError
 
 
@@ -25,6 +26,54 @@ def test_tensors_are_ordinary_copies_in_fp32():
 
 def test_facts_become_what_json_gives_back():
     assert Concept("mug", "tokens", tokens(), {"range": (0, 1)}).info == {"range": [0, 1]}
+
+
+def lora() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return {
+        "lora_unet_a.lora_down.weight": torch.randn(2, 6, generator=g),
+        "lora_unet_a.lora_up.weight": torch.randn(5, 2, generator=g),
+        "lora_unet_a.alpha": torch.tensor(2.0),
+        "bundle_emb.mug.clip_l": torch.randn(1, 1, 1, 2, 8, generator=g),
+    }
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({"bundle_emb.mug.clip_l": torch.zeros(1, 1, 1, 1, 8)}, "changes no layer"),
+        (lora() | {"lora_unet_b.lora_up.weight": torch.zeros(2, 2)}, "not known"),
+        ({k: v for k, v in lora().items() if "up" not in k}, "missing"),
+        ({k: v for k, v in lora().items() if "alpha" not in k}, "missing"),
+        (lora() | {"clip_l": torch.zeros(1, 1, 1, 1, 8)}, "not known"),
+        (lora() | {"lora_unet_a.lora_up.weight": torch.zeros(5, 3)}, "expected"),
+        (lora() | {"lora_unet_a.lora_up.weight": torch.zeros(0, 2)}, "expected"),
+        (lora() | {"lora_unet_a.lora_up.weight": torch.full((5, 2), float("nan"))}, "not finite"),
+        (lora() | {"lora_unet_a.alpha": torch.tensor(float("inf"))}, "not finite"),
+        (lora() | {"bundle_emb.mug.clip_l": torch.zeros(2, 8)}, "rows of a text encoder"),
+        (lora() | {"bundle_emb.a mug.clip_l": torch.zeros(1, 1, 1, 1, 8)}, "rows of a text encoder"),
+    ],
+)
+def test_what_is_not_a_delta_is_refused(tensors, message):
+    with pytest.raises(CarrierError, match=message):
+        Concept("mug", "delta", tensors)
+
+
+def test_a_delta_sums_up_its_layers_and_rows():
+    made = Concept("mug", "delta", lora())
+    text = made.summary()
+    assert all(part in text for part in ("<mug>: delta", "1 layers", "rank 2, scale 1", "bundled rows of <mug>"))
+    a = made.tensors
+    change = (a["lora_unet_a.lora_up.weight"] @ a["lora_unet_a.lora_down.weight"]).norm()
+    assert f"{float(change):.4f}" in text
+
+
+def test_bundled_rows_are_found_after_renaming():
+    rows = lora()["bundle_emb.mug.clip_l"]
+    assert torch.equal(bundled(lora(), "mug")["clip_l"], rows)
+    assert torch.equal(bundled(lora(), "cup")["clip_l"], rows)
+    two = lora() | {"bundle_emb.cup.clip_l": rows + 1}
+    assert torch.equal(bundled(two, "cup")["clip_l"], rows + 1) and bundled(two, "jar") == {}
 
 
 @pytest.mark.parametrize("name", ["", "a mug", "<mug>", "m" * 65, "m\u00fcg", None, "a/b"])

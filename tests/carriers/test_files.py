@@ -1,6 +1,6 @@
 """Concept files: whole or not at all, read completely or refused with a sentence.
 
-The golden file was written once by ``write_concept(golden(), path, {"note": "golden"})``.
+The golden files were written once by ``write_concept(made(), path, {"note": "golden"})``.
 """
 
 import json
@@ -23,7 +23,7 @@ from concepts.carriers.errors import CarrierFileError
 from concepts.carriers.files import parse, read_concept, write_concept, write_new
 from concepts.carriers.foreign import read_any
 
-GOLDEN = Path(__file__).parent / "golden_tokens_v1.safetensors"
+HERE = Path(__file__).parent
 PREAMBLE = f"""
 import sys, types
 package = types.ModuleType("concepts"); package.__path__ = [{str(Path(__file__).resolve().parents[2])!r}]
@@ -52,7 +52,28 @@ def golden() -> Concept:
 
 def layered() -> Concept:
     rows = torch.randn(5, 3, 2, 1, 8, generator=torch.Generator().manual_seed(1))
-    return Concept("deep", "tokens", {"clip_l": rows})
+    return Concept("deep", "tokens", {"clip_l": rows}, {"layers": ["input.1", "middle.0", "output.1"]})
+
+
+def golden_delta() -> Concept:
+    """Weights, plain bundled rows, and bundled rows per stage."""
+    values = torch.arange(24, dtype=torch.float32) / 8
+    return Concept(
+        "mug",
+        "delta",
+        {
+            "lora_unet_down_blocks_0_attn2_to_k.lora_down.weight": values[:6].reshape(2, 3),
+            "lora_unet_down_blocks_0_attn2_to_k.lora_up.weight": -values[:8].reshape(4, 2),
+            "lora_unet_down_blocks_0_attn2_to_k.alpha": torch.tensor(2.0),
+            "bundle_emb.mug.clip_l": values[:16].reshape(1, 1, 1, 2, 8),
+            "bundle_emb.mug.clip_g": values.reshape(3, 1, 1, 1, 8),
+        },
+        {"steps": 3, "architecture": "SD15", "token_text": ""},
+        {"first.lora_unet_down_blocks_0_attn2_to_k.alpha": values[:2], "step": torch.tensor(3)},
+    )
+
+
+FILES = [(golden, "golden_tokens_v1.safetensors"), (golden_delta, "golden_delta_v1.safetensors")]
 
 
 def same(a: Concept, b: Concept) -> bool:
@@ -64,7 +85,7 @@ def same(a: Concept, b: Concept) -> bool:
     )
 
 
-@pytest.mark.parametrize("made", [golden, layered])
+@pytest.mark.parametrize("made", [golden, layered, golden_delta])
 def test_round_trip(made, tmp_path):
     write_concept(made(), tmp_path / "a.safetensors", {"prompt": json.dumps({"1": {}})})
     assert same(read_concept(tmp_path / "a.safetensors"), made())
@@ -80,11 +101,26 @@ def _umask() -> int:
     return mask
 
 
-def test_golden_file_reads_for_ever_and_is_still_written(tmp_path):
-    assert same(read_concept(GOLDEN), golden())
-    write_concept(golden(), tmp_path / "new.safetensors", {"note": "golden"})
-    old, new = (parse(p.read_bytes(), p) for p in (GOLDEN, tmp_path / "new.safetensors"))
+@pytest.mark.parametrize("made, file", FILES)
+def test_golden_files_read_for_ever_and_are_still_written(made, file, tmp_path):
+    assert same(read_concept(HERE / file), made())
+    write_concept(made(), tmp_path / "new.safetensors", {"note": "golden"})
+    old, new = (parse(p.read_bytes(), p) for p in (HERE / file, tmp_path / "new.safetensors"))
     assert old[1] == new[1]  # the digest in it covers every tensor
+
+
+def test_a_delta_is_a_stock_lora_and_a_stock_embedding(host, tmp_path):
+    from comfy.lora import load_lora
+    from comfy.sd1_clip import load_embed
+
+    write_concept(golden_delta(), tmp_path / "mug.safetensors")
+    tensors, _ = parse((tmp_path / "mug.safetensors").read_bytes(), tmp_path)
+    layer, made = "lora_unet_down_blocks_0_attn2_to_k", golden_delta().tensors
+    ((target, adapter),) = load_lora(tensors, {layer: "x.weight"}, log_missing=False).items()
+    up, down, alpha, *_ = adapter.weights
+    assert target == "x.weight" and alpha == 2.0
+    assert torch.equal(up, made[layer + ".lora_up.weight"]) and torch.equal(down, made[layer + ".lora_down.weight"])
+    assert torch.equal(load_embed("mug", [str(tmp_path)], 8, "clip_l"), made["bundle_emb.mug.clip_l"][0, 0, 0])
 
 
 def test_the_stock_host_reads_plain_tokens(host, tmp_path):
@@ -126,6 +162,8 @@ def mutations(data: bytes, count: int, seed: int):
                     b"concepts.digest",
                     b"__metadata__",
                     b"clip_l",
+                    b"lora_up",
+                    b"bundle_emb",
                     b"concepts.kind",
                     b"tokens",
                     b"F32",
@@ -135,7 +173,7 @@ def mutations(data: bytes, count: int, seed: int):
             yield data.replace(word, word[:-1] + bytes([draw.randrange(33, 126)]), 1)
 
 
-@pytest.mark.parametrize("made", [golden, layered])
+@pytest.mark.parametrize("made", [golden, layered, golden_delta])
 def test_damaged_files_are_refused_with_a_sentence(made, tmp_path):
     path = tmp_path / "a.safetensors"
     write_concept(made(), path, {"prompt": "{}"})

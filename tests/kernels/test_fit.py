@@ -40,7 +40,24 @@ def test_adam_equals_torch():
         torch.testing.assert_close(ours[key], theirs[key].detach(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("optimiser", [Adam(0.03), Sphere({}, 0.05)], ids=["adam", "sphere"])
+@pytest.mark.parametrize("decay, clip", [(0.1, 0.0), (0.0, 0.3), (0.1, 0.3), (0.1, 1e6)])
+def test_decay_and_clipping_equal_torch(decay, clip):
+    ours, _ = run(Adam(0.03, decay=decay, clip=clip), 25)
+    theirs = {k: v.requires_grad_() for k, v in start().items()}
+    optimiser = torch.optim.AdamW(theirs.values(), lr=0.03, weight_decay=decay)
+    for step in range(25):
+        optimiser.zero_grad()
+        noisy(theirs, step, 0).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
+        optimiser.step()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key].detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimiser", [Adam(0.03), Adam(0.03, decay=0.1, clip=0.3), Sphere({}, 0.05)], ids=["adam", "adamw", "sphere"]
+)
 def test_continuing_equals_one_run_bit_for_bit(optimiser):
     whole, losses = run(optimiser, 17, accumulate=2)
     parts, again = run(optimiser, 5, 1, 11, accumulate=2)

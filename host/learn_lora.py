@@ -1,0 +1,204 @@
+"""Low-rank weight deltas learned from pictures: DreamBooth (arXiv 2208.12242) with LoRA (arXiv 2106.09685).
+
+With frozen rows of a learned concept and of each picture's residual in the prompts it is the second stage of
+ConceptPrism; with keys and values of cross-attention only it changes what Custom Diffusion (arXiv 2212.04488) changes.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from ..carriers import delta
+from ..carriers.concept import Concept
+from ..carriers.errors import CarrierMismatch
+from ..kernels.draws import times
+from ..kernels.fit import Adam
+from . import lora
+from .captions import Prompts
+from .class_pictures import draw_class
+from .concept_set import ConceptSet
+from .denoise import noise_time
+from .gradients import ordinary
+from .learn import RunSettings, Session
+from .text import PLACEHOLDER, as_tokens, concept_rows
+from .variants import Grid, layers_of
+
+
+@dataclass(frozen=True)
+class LoraSettings(RunSettings):
+    """How a delta is learned."""
+
+    rank: int = 4
+    targets: str = "attention"
+    """One of ``lora.CHOICES``."""
+    single_blocks: bool = False
+    token_text: str = ""
+    """Stands in the concept's place; ``{}`` in it for the rows of a concept. Empty: the rows alone."""
+    class_text: str = ""
+    class_pictures: int = 0
+    prior_weight: float = 1.0
+    decay: float = 0.01
+    clip: float = 1.0
+
+
+class LoraSession(Session):
+    """Factors of low rank; captions never change and are encoded once."""
+
+    kind = "delta"
+
+    def __init__(
+        self,
+        model,
+        clip,
+        data: ConceptSet,
+        settings: LoraSettings,
+        earlier: Concept | None = None,
+        *,
+        tokens: Concept | None = None,
+        residuals: tuple[Concept, ...] = (),
+        prior: ConceptSet | None = None,
+    ):
+        """``tokens``: whose rows the prompts name, by default those that ``earlier`` bundles; ``residuals``: one per
+        picture; ``prior``: class pictures.
+
+        Raises: ValueError and CarrierMismatch when these do not fit each other.
+        """
+        super().__init__(model, clip, data, settings, earlier)
+        self.chosen = lora.layers(model, settings.targets, settings.single_blocks)
+        self.tokens = _rows_of(tokens) if tokens else (as_tokens(earlier) if earlier else None)
+        self.residuals = [_plain(_rows_of(r)) for r in residuals]
+        self.prior = prior if settings.prior_weight else None
+        self.captions = captions(data, settings, self.tokens is not None, len(residuals))
+        self.kept: dict = {}
+        if (self.prior or settings.class_pictures) and settings.prior_weight:
+            self.passes = 2
+            if not settings.class_text:
+                raise ValueError("Class pictures need class_text, for example: a mug. Write it, or do without them.")
+
+    def gather(self):
+        """Draws the class pictures that nobody connected, as large as the most frequent picture."""
+        s = self.settings
+        if self.passes == 2 and self.prior is None:
+            like = self.data.latents[max(self.data.buckets(), key=len)[0]]
+            self.prior = draw_class(self.model, self.clip, s.class_text, s.class_pictures, like, s.seed, s.batch)
+        if self.prior:
+            self.captions += [tuple(t.replace("{}", s.class_text) for t in texts) for texts in self.prior.captions]
+
+    def prepare(self):
+        """Gaussian down, zero up; the prompts with their frozen rows."""
+        s = self.settings
+        rows, self.others, counts = {}, {}, {}
+        if self.tokens:
+            rows = concept_rows(self.clip, self.tokens)
+            counts[""] = {k: v.shape[-2] for k, v in rows.items()}
+        for number, residual in enumerate(self.residuals):
+            every = concept_rows(self.clip, residual)
+            own = {k: v if k in residual.tensors else v[..., :0, :] for k, v in every.items()}  # others see nothing
+            self.others[f"r{number}"] = {k: v[0, 0, 0] for k, v in own.items()}
+            counts[f"r{number}"] = {k: v.shape[-2] for k, v in own.items()}
+        self.rows = rows
+        self.grid = Grid.of([self.tokens] if self.tokens else [])
+        if self.grid.needs_cross_attention and not layers_of(self.model.model.diffusion_model):
+            raise CarrierMismatch(
+                f"Concept <{self.tokens.name}> has rows per layer or for K and V, and "
+                f"{type(self.model.model).__name__} has no cross-attention layers; use the kind of model it was "
+                "learned on."
+            )
+        texts = sorted({t for options in self.captions for t in options})
+        self.index = {t: i for i, t in enumerate(texts)}
+        self.prompts = Prompts(self.clip, texts, "", counts)
+        self.prompts.ready()
+        if self.prior:
+            self.clean += [self.denoiser.clean(ordinary(latent)[None]) for latent in self.prior.latents]
+        return (lora.start(self.model, self.chosen, s.rank, s.seed), Adam(s.learning_rate, decay=s.decay, clip=s.clip))
+
+    def attached(self):
+        """The factors beside the model's layers; none before they are there."""
+        return lora.beside(self.model, self.chosen, lambda: getattr(self, "parameters", {}))
+
+    def tensors(self):
+        """Factors with alpha = rank, and the rows that prompts need."""
+        found = dict(self.parameters)
+        found |= {name + delta.ALPHA: torch.tensor(float(self.settings.rank)) for name in self.chosen}
+        bundle = self.tokens.tensors if self.tokens else {}
+        return found | {f"{delta.BUNDLE}{self.settings.name}.{key}": value for key, value in bundle.items()}
+
+    def condition(self, parameters, pictures, captions, sigma):
+        """The pictures' captions with the frozen rows of their noise levels."""
+        texts = [self.index[self.captions[i][c]] for i, c in zip(pictures, captions, strict=True)]
+        stages = self.grid.stages(noise_time(self.denoiser.sampling, sigma))
+        return self.prompts.conditions(self.grid, self.rows, texts, stages, self.others, self.kept)
+
+    def losses(self, parameters, pictures, captions, when, draw):
+        """The diffusion loss, and that of as many class pictures, weighted (DreamBooth)."""
+        found = super().losses(parameters, pictures, captions, when, draw)
+        if self.prior:
+            s, first = self.settings, len(self.data.latents)
+            of_class, said = self.prior.draw(len(pictures), draw)
+            when = times(len(of_class), s.time_law, s.time_low, s.time_high, draw)
+            prior = self.diffusion(parameters, [first + i for i in of_class], said, when, draw)
+            found["prior"] = s.prior_weight * prior
+        return found
+
+    def _mask(self, pictures: list[int], like: torch.Tensor) -> torch.Tensor | None:
+        of_class = pictures[0] >= len(self.data.latents)
+        return None if of_class else super()._mask(pictures, like)
+
+    def facts(self):
+        """Also what ``as_tokens`` needs of the concept whose rows are bundled."""
+        found: dict = {"lora_layers": len(self.chosen), "residuals": len(self.residuals)}
+        if self.tokens:
+            found |= {k: self.tokens.info[k] for k in ("init_text", "layers") if k in self.tokens.info}
+        return found
+
+
+def _rows_of(concept: Concept) -> Concept:
+    found = as_tokens(concept)
+    if found is None:
+        raise CarrierMismatch(
+            f"Concept <{concept.name}> bundles no token rows; connect a concept from Learn Concept Tokens, or write "
+            "token_text."
+        )
+    return found
+
+
+def _plain(residual: Concept) -> Concept:
+    if any(v.shape[:3] != (1, 1, 1) for v in residual.tensors.values()):
+        raise CarrierMismatch(
+            f"Residual <{residual.name}> has rows per stage, layer or role; connect what Learn Residual Tokens gives."
+        )
+    return residual
+
+
+def captions(data: ConceptSet, settings: LoraSettings, tokens: bool, residuals: int) -> list[tuple[str, ...]]:
+    """Per picture its captions as they are learned with: ``{}`` for the rows, ``{r<i>}`` for those of a residual.
+
+    Mirrored pictures share the residual of the picture before them when there are only as many residuals as pictures.
+    Raises: ValueError when nothing stands for the concept, or residuals and pictures do not match.
+    """
+    phrase = PLACEHOLDER.sub("{}", settings.token_text.strip()) or ("{}" if tokens else "")
+    if not phrase:
+        raise ValueError(
+            "Nothing stands for the concept in prompts: connect tokens, or write token_text, for example: sks mug."
+        )
+    if ("{}" in phrase) != tokens:
+        raise ValueError(
+            f"token_text {settings.token_text!r} names the concept's rows, but no tokens are connected; connect them."
+            if not tokens
+            else f"Tokens are connected, but token_text {settings.token_text!r} does not name them; clear it, or write "
+            "{} where they stand."
+        )
+    count, numbers = len(data.latents), [n - 1 for n in accumulate(not m for m in data.mirrored)]
+    if residuals == count:
+        numbers = list(range(count))
+    elif residuals and residuals != numbers[-1] + 1:
+        raise ValueError(
+            f"There are {count} pictures and {residuals} residuals; connect one per picture, in order, or none."
+        )
+    said = []
+    for texts, number in zip(data.captions, numbers, strict=True):
+        first = phrase + (f" with {{r{number}}}" if residuals else "")
+        parts = [text.partition("{}") for text in texts]
+        said.append(tuple(a + (first if mark else "") + b.replace("{}", phrase) for a, mark, b in parts))
+    return said

@@ -1,0 +1,426 @@
+"""Low-rank deltas: beside the layers and in them the same, exact gradients, and the stock loader reads them."""
+
+import contextlib
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from concepts.carriers.concept import Concept
+from concepts.carriers.delta import ALPHA, DOWN, UP, layers
+from concepts.carriers.errors import CarrierMismatch
+from concepts.carriers.files import read_concept, write_concept
+
+from .test_gradients import out_of_place
+from .test_learn import same, sampled, weights
+from .tiny import FAMILIES, tiny
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+def random_delta(model, choice="attention", rank=3, single_blocks=False) -> Concept:
+    """A delta that changes what the model says, without learning."""
+    from concepts.host import lora
+
+    chosen = lora.layers(model, choice, single_blocks)
+    g = torch.Generator().manual_seed(2)
+    made = lora.start(model, chosen, rank, 0)
+    made |= {k: torch.randn(v.shape, generator=g) * 0.3 for k, v in made.items() if k.endswith(UP)}
+    return Concept("mug", "delta", made | {name + ALPHA: torch.tensor(float(rank)) for name in chosen})
+
+
+def output(made, model=None, context=None, around=contextlib.nullcontext, leaves=()):
+    """Denoised estimates of a fixed input, and the gradients of their weighted sum."""
+    from concepts.host.denoise import Denoiser, sigmas_at
+    from concepts.host.gradients import ordinary, training
+
+    model = model or made.model
+    with context or training(model, made.clip.patcher):
+        text = made.clip.tokenize("a red mug on sand")
+        cond, pooled = made.clip.encode_from_tokens(text, return_pooled=True)
+        entry = [cond.detach(), {"pooled_output": pooled.detach() if pooled is not None else None}]
+        d = Denoiser(model)
+        draw = torch.Generator().manual_seed(1)
+        clean = d.clean(ordinary(made.latent)[None]).repeat(2, 1, 1, 1)
+        sigma = sigmas_at(d.sampling, torch.tensor([0.4, 0.8], dtype=torch.float64))
+        noised = d.noised(clean, torch.randn(clean.shape, generator=draw), sigma)
+        with around():
+            out = d(noised, sigma, [entry, entry])
+            if leaves:
+                (out * torch.randn(out.shape, generator=draw)).sum().backward()
+        return out.detach(), [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stock_loader_gives_what_learning_saw(family, tmp_path, caplog):
+    """Written, read by the stock loader's own function without one unknown key, and the same output."""
+    import comfy.sd
+    import comfy.utils
+
+    from concepts.host import lora
+
+    made = tiny(family)
+    concept = random_delta(made.model, single_blocks=True)
+    chosen = lora.layers(made.model, "attention", True)
+    beside, _ = output(made, around=lambda: lora.beside(made.model, chosen, lambda: concept.tensors))
+    plain, _ = output(made)
+    write_concept(concept, tmp_path / "mug.safetensors")
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        file = comfy.utils.load_torch_file(str(tmp_path / "mug.safetensors"), safe_load=True)
+        stock, _ = comfy.sd.load_lora_for_models(made.model, None, file, 1.0, 0.0)
+        ours = lora.apply(made.model, concept, 1.0)
+    assert not [r for r in caplog.records if "not loaded" in r.getMessage().lower()]
+    assert len(stock.patches) == len(ours.patches) == len(chosen)
+    for model in (stock, ours):
+        patched, _ = output(made, model)
+        torch.testing.assert_close(patched, beside, rtol=1e-4, atol=1e-4)
+        assert float((patched - plain).norm() / plain.norm()) > 1e-2
+    assert torch.equal(output(made)[0], plain), "the model itself is as it was"
+
+
+@contextlib.contextmanager
+def merged(model, chosen, leaves, scale):
+    """Plain autograd through W + scale up down, set in the place of each weight."""
+    modules = dict(model.model.diffusion_model.named_modules())
+    kept = {}
+    for name, path in chosen.items():
+        module = modules[path]
+        kept[path] = module._parameters.pop("weight")
+        module.weight = kept[path] + scale * leaves[name + UP] @ leaves[name + DOWN]
+    try:
+        yield
+    finally:
+        for path, weight in kept.items():
+            del modules[path].weight
+            modules[path]._parameters["weight"] = weight
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_those_of_merged_weights(family, checkpointing):
+    from concepts.host import lora
+    from concepts.host.gradients import training
+
+    made = tiny(family)
+    concept = random_delta(made.model, "all linear", single_blocks=True)
+    chosen = lora.layers(made.model, "all linear", True)
+    assert len(chosen) > 10
+
+    def leaves():
+        return {k: v.clone().requires_grad_() for k, v in concept.tensors.items() if not k.endswith(ALPHA)}
+
+    mine, theirs = leaves(), leaves()
+    with_hooks, got = output(
+        made,
+        context=training(made.model, made.clip.patcher, checkpointing=checkpointing),
+        around=lambda: lora.beside(made.model, chosen, lambda: mine),
+        leaves=tuple(mine.values()),
+    )
+    in_weights, expected = output(
+        made,
+        context=out_of_place(made.model, made.clip),
+        around=lambda: merged(made.model, chosen, theirs, 1.0),
+        leaves=tuple(theirs.values()),
+    )
+    torch.testing.assert_close(with_hooks, in_weights, rtol=1e-3, atol=1e-3)
+    floor = 1e-3 * max(float(g.norm()) for g in expected)  # with one channel per group the time embedding has none
+    worst = max(float((a - b).norm() / b.norm().clamp_min(floor)) for a, b in zip(got, expected, strict=True))
+    assert worst < (1e-4 if family in ("sd3", "flux") else 1e-3) and all(float(g.norm()) > 0 for g in expected)
+
+
+@pytest.mark.parametrize("family, cross", [("sd15", 7), ("sd2", 7), ("sdxl", 8), ("sd3", 0), ("flux", 0)])
+def test_choices_of_layers(family, cross):
+    from concepts.host import lora
+
+    model = tiny(family).model
+    every = lora.layers(model, "attention")
+    kinds = {path.rsplit(".", 1)[-1] for path in every.values()}
+    assert set(every.values()) < set(lora.layers(model, "all linear").values())
+    if cross:
+        assert kinds == {"to_q", "to_k", "to_v", "0"} and len(every) == 8 * cross
+        assert len(lora.layers(model, "cross attention")) == 4 * cross
+        assert len(lora.layers(model, "keys and values")) == 2 * cross
+        assert all(n.startswith(("lora_unet_down_", "lora_unet_mid_", "lora_unet_up_")) for n in every)
+    else:
+        assert kinds == {"qkv", "proj"}
+        with pytest.raises(CarrierMismatch, match="choose attention"):
+            lora.layers(model, "keys and values")
+    if family == "flux":
+        assert len(every) == 12 and len(lora.layers(model, "attention", True)) == 18
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_weights_of_other_types_stay_and_learn(dtype, mug_set):
+    """Small types with the host's cast to fp32: the factors get gradients, the base weights stay bit for bit."""
+    from concepts.host.learn import learn as run
+    from concepts.host.learn_lora import LoraSession
+
+    made = tiny("sd15", dtype=getattr(torch, dtype), cast=torch.float32)
+    data = replace(mug_set, latents=tuple(v[:4, :8, :8] for v in mug_set.latents), masks=(None,) * 5)
+    before = {k: v.detach().clone() for k, v in made.model.model.diffusion_model.named_parameters()}
+    with torch.inference_mode():
+        done = run(LoraSession(made.model, made.clip, data, settings(steps=3)), preview_every=0, save_every=0)
+    moved = [v for k, v in done.concept.tensors.items() if k.endswith(UP)]
+    assert all(float(v.norm()) > 0 for v in moved)
+    after = dict(made.model.model.diffusion_model.named_parameters())
+    assert all(torch.equal(v.view(torch.uint8), after[k].view(torch.uint8)) for k, v in before.items())
+
+
+# --- learning on the toy world
+
+
+def settings(**changes):
+    from concepts.host.learn_lora import LoraSettings
+
+    given = {"steps": 4, "batch": 2, "learning_rate": 1e-3, "token_text": "sks mug", **changes}
+    return LoraSettings("mug", **given)
+
+
+def learn(toy, data, earlier=None, tokens=None, residuals=(), prior=None, **changes):
+    """One run as a node does it, in inference mode."""
+    from concepts.host import learn as learning
+    from concepts.host.learn_lora import LoraSession
+
+    with torch.inference_mode():
+        session = LoraSession(
+            toy[0], toy[1], data, settings(**changes), earlier, tokens=tokens, residuals=residuals, prior=prior
+        )
+        return learning.learn(session, preview_every=2, save_every=2, checkpointing="off")
+
+
+def rows(name="mug", n=1, seed=0, shape=(1, 1, 1), **info) -> Concept:
+    g = torch.Generator().manual_seed(seed)
+    return Concept(name, "tokens", {"clip_l": torch.randn(*shape, n, 128, generator=g) * 0.1}, info)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"accumulate": 2, "clip": 0.0},
+        {"class_text": "a mug", "class_pictures": 2},
+        {"tokens": True, "residuals": True, "token_text": ""},
+    ],
+    ids=str,
+)
+def test_continued_equals_one_run(toy, mug_set, changes, tmp_path):
+    width = toy_width(toy)
+    given = dict(changes)
+    if given.pop("tokens", False):
+        given["tokens"] = fitted(rows(), width)
+        given["residuals"] = tuple(fitted(rows(f"r{i}", 8, i + 1), width) for i in range(5))
+    whole = learn(toy, mug_set, steps=5, **given)
+    first = learn(toy, mug_set, steps=3, **given)
+    write_concept(first.concept, tmp_path / "first.safetensors")
+    rest = learn(toy, mug_set, earlier=read_concept(tmp_path / "first.safetensors"), steps=2, **given)
+    assert same(whole.concept.tensors, rest.concept.tensors)
+    assert same(whole.concept.state, rest.concept.state)
+    assert whole.losses == rest.losses and len(whole.losses) == 5
+
+
+def toy_width(toy) -> int:
+    from concepts.host.text import encoders
+
+    return encoders(toy[1])[0].width
+
+
+def fitted(concept: Concept, width: int) -> Concept:
+    """The same concept with rows of this width."""
+    return replace(concept, tensors={k: v[..., :width].contiguous() for k, v in concept.tensors.items()})
+
+
+def test_learning_lowers_the_loss_and_the_sampler_sees_it(toy, mug_set):
+    """What Apply Concept gives denoises as the session did, and strength 0 samples bit for bit as before."""
+    from concepts.host import lora
+    from concepts.host.denoise import Denoiser
+    from concepts.host.gradients import training
+    from concepts.host.learn_lora import LoraSession
+
+    before, picture = weights(toy), sampled(toy)
+    done = learn(toy, mug_set, steps=40, batch=4, learning_rate=2e-3)
+    assert done.after < 0.97 * done.before
+    assert same(weights(toy), before) and torch.equal(sampled(toy), picture)
+    with torch.inference_mode():
+        applied, nothing = lora.apply(toy[0], done.concept, 1.0), lora.apply(toy[0], done.concept, 0.0)
+    assert torch.equal(sampled((nothing, toy[1])), picture)
+    assert not torch.allclose(sampled((applied, toy[1])), picture, atol=1e-3)
+    estimates = []
+    for model in (toy[0], applied):
+        with training(model, toy[1].patcher), torch.no_grad():
+            session = LoraSession(model, toy[1], mug_set, settings(), done.concept)
+            session.begin()
+            if model is toy[0]:
+                context = session.attached()
+            else:
+                context = contextlib.nullcontext()
+            sigma, x = torch.tensor([2.0]), torch.ones(session.clean[0].shape)
+            with context:
+                estimates.append(Denoiser(model)(x, sigma, *session.condition(session.parameters, [0], [0], sigma)))
+    torch.testing.assert_close(estimates[1], estimates[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(sampled(toy), picture) and same(weights(toy), before)
+
+
+def test_an_interrupt_leaves_model_and_concept(toy, mug_set, monkeypatch):
+    import comfy.model_management as management
+
+    from concepts.host import learn as learning
+
+    before, picture = weights(toy), sampled(toy)
+    fresh = learn(toy, mug_set, steps=6)
+    show = learning.Progress.show
+
+    def pressed(self, done, latent=None):
+        if done == 3:
+            management.interrupt_current_processing()
+        show(self, done, latent)
+
+    monkeypatch.setattr(learning.Progress, "show", pressed)
+    with pytest.raises(management.InterruptProcessingException):
+        learn(toy, mug_set, steps=6)
+    monkeypatch.setattr(learning.Progress, "show", show)
+    kept = read_concept(fresh.saved)
+    assert kept.info["steps"] == 3 and kept.state["losses"].tolist() == fresh.losses[:3]
+    assert same(weights(toy), before) and torch.equal(sampled(toy), picture)
+    assert not any(m._forward_hooks for m in toy[0].model.modules())
+    rest = learn(toy, mug_set, earlier=kept, steps=3)
+    assert same(rest.concept.tensors, fresh.concept.tensors)
+
+
+def test_class_pictures_are_drawn_by_the_model_and_held_on_to(toy, mug_set):
+    """The same seed draws the same pictures; the prior term sees them with the class words and without a mask."""
+    from concepts.host.class_pictures import draw_class
+
+    state = torch.get_rng_state()
+    a, b = (draw_class(toy[0], toy[1], "a red mug", 3, mug_set.latents[0], 5, batch) for batch in (3, 2))
+    for one, other in zip(a.latents, b.latents, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(a.latents[0], a.latents[1], atol=1e-2)
+    torch.set_rng_state(state)
+    asked = []
+    given = {"steps": 6, "class_text": "a red mug", "masked_loss": True}
+    done = learn(toy, mug_set, prior=spied(a, asked), prior_weight=0.5, **given)
+    assert asked == [2] * 6, "as many class pictures as concept pictures, each step"
+    assert set(done.terms) == {"diffusion", "prior"} and all(v > 0 for v in done.terms["prior"])
+    whole = learn(toy, mug_set, prior=a, prior_weight=1.0, **given)
+    assert whole.terms["prior"][0] == pytest.approx(2 * done.terms["prior"][0], rel=1e-5)
+    off = learn(toy, mug_set, prior=a, prior_weight=0.0, **given)
+    assert not off.terms and off.losses[0] == pytest.approx(done.terms["diffusion"][0], rel=1e-6)
+
+
+def spied(data, asked: list):
+    """A set that notes how many pictures are drawn from it."""
+
+    class Spied(type(data)):
+        def draw(self, count, generator):
+            asked.append(count)
+            return super().draw(count, generator)
+
+    return Spied(data.latents, data.masks, data.captions, data.mirrored)
+
+
+def test_captions_say_token_and_residual():
+    from concepts.host.concept_set import ConceptSet
+    from concepts.host.learn_lora import captions
+
+    latent = torch.zeros(4, 8, 8)
+    texts = (("a photo of {}", "{} by {}"), ("{} on sand",))
+    data = ConceptSet((latent,) * 2, (None,) * 2, texts, (False, False))
+    assert captions(data, settings(), False, 0) == [("a photo of sks mug", "sks mug by sks mug"), ("sks mug on sand",)]
+    assert captions(data, settings(token_text=""), True, 2) == [
+        ("a photo of {} with {r0}", "{} with {r0} by {}"),
+        ("{} with {r1} on sand",),
+    ]
+    assert captions(data, settings(token_text="<mug> mug"), True, 0)[1] == ("{} mug on sand",)
+    double = ConceptSet((latent,) * 4, (None,) * 4, (texts[1],) * 4, (False, True, False, True))
+    shared = [t for (t,) in captions(double, settings(token_text=""), True, 2)]
+    assert shared == [f"{{}} with {{r{n}}} on sand" for n in (0, 0, 1, 1)]
+    for changes, tokens, residuals, message in (
+        ({"token_text": ""}, False, 0, "sks mug"),
+        ({}, True, 0, "does not name"),
+        ({"token_text": "<mug>"}, False, 0, "no tokens"),
+        ({"token_text": ""}, True, 3, "one per picture"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            captions(data, settings(**changes), tokens, residuals)
+
+
+def test_frozen_rows_are_those_of_the_stock_path(toy, mug_set):
+    """Target and residual in the session's captions equal the same rows in Concept Prompt; the result bundles them."""
+    from concepts.host.gradients import training
+    from concepts.host.learn_lora import LoraSession
+    from concepts.host.text import encode_prompt
+
+    width = toy_width(toy)
+    target, others = fitted(rows(init_text="mug"), width), [fitted(rows(f"r{i}", 8, i + 1), width) for i in range(5)]
+    data = replace(mug_set, captions=(("a photo of {} on sand",),) * 5)
+    with training(toy[0], toy[1].patcher), torch.no_grad():
+        session = LoraSession(toy[0], toy[1], data, settings(token_text=""), tokens=target, residuals=tuple(others))
+        session.begin()
+        entries, change = session.condition({}, [3, 1], [0, 0], torch.tensor([0.5, 3.0]))
+        assert change is None and len(session.kept) == 2
+    for entry, number in zip(entries, (3, 1), strict=True):
+        given = [(target, 1.0), (others[number], 1.0)]
+        with torch.inference_mode():
+            ((stock, _),) = encode_prompt(toy[1], f"a photo of <mug> with <r{number}> on sand", given)
+        torch.testing.assert_close(entry[0], stock, rtol=1e-5, atol=1e-5)
+    done = learn(toy, data, tokens=target, residuals=tuple(others), token_text="")
+    assert torch.equal(done.concept.tensors["bundle_emb.mug.clip_l"], target.tensors["clip_l"])
+    with torch.inference_mode():
+        ((mine, _),) = encode_prompt(toy[1], "a <mug>", [(done.concept, 1.0)])
+        ((theirs, _),) = encode_prompt(toy[1], "a <mug>", [(target, 1.0)])
+        assert torch.equal(mine, theirs)
+        words = learn(toy, mug_set).concept
+        ((mine, _),) = encode_prompt(toy[1], "a <mug>", [(words, 1.0)])
+        ((theirs, _),) = toy[1].encode_from_tokens_scheduled(toy[1].tokenize("a sks mug"))
+        assert torch.equal(mine, theirs)
+
+
+def test_rows_per_layer_and_stage_are_learned_against(toy, mug_set, tmp_path):
+    from concepts.host.text import as_tokens
+    from concepts.host.variants import layers_of
+
+    names = layers_of(toy[0].model.diffusion_model)
+    deep = fitted(rows(shape=(2, len(names), 1), layers=names), toy_width(toy))
+    done = learn(toy, mug_set, tokens=deep, token_text="")
+    write_concept(done.concept, tmp_path / "deep.safetensors")
+    kept = as_tokens(read_concept(tmp_path / "deep.safetensors"))
+    assert torch.equal(kept.tensors["clip_l"], deep.tensors["clip_l"]) and kept.info["layers"] == names
+    made = tiny("flux")
+    with pytest.raises(CarrierMismatch, match="no cross-attention"):
+        learn(
+            (made.model, made.clip), mug_set, tokens=fitted(rows(shape=(1, 2, 1), layers=["a", "b"]), 64), token_text=""
+        )
+
+
+def test_what_does_not_fit_is_refused(toy, mug_set):
+    from concepts.host import lora
+    from concepts.host.learn_lora import LoraSession
+
+    done = learn(toy, mug_set).concept
+    with pytest.raises(CarrierMismatch, match="Concept Prompt"):
+        lora.apply(toy[0], rows(), 1.0)
+    with pytest.raises(CarrierMismatch, match="no such layer"):
+        lora.apply(tiny("flux").model, done, 1.0)
+    name = layers(done.tensors)[0]
+    wider = dict(done.tensors) | {name + DOWN: torch.zeros(4, 999)}
+    with pytest.raises(CarrierMismatch, match="999"):
+        lora.apply(toy[0], replace(done, tensors=wider), 1.0)
+    with pytest.raises(CarrierMismatch, match="continue"):
+        learn(toy, mug_set, earlier=done, rank=2)
+    with pytest.raises(CarrierMismatch, match="bundles no token rows"):
+        LoraSession(toy[0], toy[1], mug_set, settings(token_text=""), tokens=done)
+    with pytest.raises(ValueError, match="class_text"):
+        LoraSession(toy[0], toy[1], mug_set, settings(class_pictures=2))
+
+
+def test_places_for_files(toy, mug_set):
+    from concepts.host import folders
+
+    done = learn(toy, mug_set).concept
+    assert folders.home("concepts", done) == folders.output()
+    assert folders.home("loras", done).is_dir()
+    with pytest.raises(ValueError, match="no embedding"):
+        folders.home("embeddings", done)
+    with pytest.raises(ValueError, match="concepts or embeddings"):
+        folders.home("loras", rows())
