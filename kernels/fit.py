@@ -12,10 +12,14 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Adam:
-    """AdamW without decay (arXiv 1711.05101): the optimiser of Textual Inversion."""
+    """AdamW (arXiv 1711.05101); without decay and clipping it is the optimiser of Textual Inversion."""
 
     learning_rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.999)
+    decay: float = 0.0
+    """Decoupled weight decay; vectors (last axis) that this step did not use, whose gradient is zero, keep theirs."""
+    clip: float = 0.0
+    """Largest norm of the gradient over all parameters; 0 for any."""
 
     def start(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fresh moments."""
@@ -25,8 +29,15 @@ class Adam:
     def update(self, parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
         """One step in place, with ``.grad`` of each parameter; ``state["step"]`` counts from 1."""
         count, (b1, b2) = int(state["step"]), self.betas
+        if self.clip:
+            norm = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
+            for parameter in parameters.values():
+                parameter.grad.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
         for key, parameter in parameters.items():
             first, second, grad = state[f"first.{key}"], state[f"second.{key}"], parameter.grad
+            if self.decay:
+                used = (grad != 0).any(-1, keepdim=True)
+                parameter.mul_(1 - self.learning_rate * self.decay * used)
             first.lerp_(grad, 1 - b1)
             second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
             scale = (second / (1 - b2**count)).sqrt_().add_(1e-8)
