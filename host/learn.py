@@ -64,6 +64,8 @@ class Session:
     (``condition``), and, when there is more than the diffusion loss, which (``losses``)."""
 
     kind = "tokens"
+    passes = 1
+    """How often each picture of a batch goes through the model at once; for the estimate of memory."""
 
     def __init__(self, model, clip, data: ConceptSet, settings: RunSettings, earlier: Concept | None = None):
         self.model, self.clip, self.data, self.settings, self.earlier = model, clip, data, settings, earlier
@@ -228,7 +230,7 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
     """
     began, settings = time.monotonic(), session.settings
     session.fingerprint = fingerprint(session.model)
-    memory = memory_of(session.model, session.data, settings.batch)
+    memory = memory_of(session.model, session.data, settings.batch * session.passes)
     device, management = session.model.load_device, comfy.model_management
     if checkpointing == "auto":
         recompute = not management.is_device_cpu(device) and memory > 0.8 * management.get_free_memory(device)
