@@ -65,7 +65,7 @@ class Session:
 
     kind = "tokens"
     passes = 1
-    """Batches whose activations are kept at once: more than one when a step's loss has several."""
+    """How often each picture of a batch goes through the model at once; for the estimate of memory."""
 
     def __init__(self, model, clip, data: ConceptSet, settings: RunSettings, earlier: Concept | None = None):
         self.model, self.clip, self.data, self.settings, self.earlier = model, clip, data, settings, earlier

@@ -39,6 +39,12 @@ def loss_curve(losses: list[float], title: str, width: int = 640, height: int = 
     return batch([image])
 
 
+def loss_curves(named: dict[str, list[float]], title: str) -> torch.Tensor:
+    """One ``loss_curve`` per name, from top to bottom, each on its own scale -> IMAGE [1, h, w, 3]."""
+    height = 360 if len(named) == 1 else 240
+    return torch.cat([loss_curve(v, f"{title} {k}".strip(), height=height) for k, v in named.items()], 1)
+
+
 def bars(rows: list[tuple[str, float]], title: str, width: int = 640) -> torch.Tensor:
     """Labelled horizontal bars for values in 0..1 -> IMAGE [1, h, width, 3]."""
     image = Image.new("RGB", (width, 40 + 20 * max(1, len(rows))), (250, 250, 250))

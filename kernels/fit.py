@@ -12,14 +12,14 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Adam:
-    """AdamW (arXiv 1711.05101); without decay and clipping the optimiser of Textual Inversion."""
+    """AdamW (arXiv 1711.05101); without decay and clipping it is the optimiser of Textual Inversion."""
 
     learning_rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.999)
     decay: float = 0.0
-    """Decoupled weight decay; a step shrinks by learning_rate * decay."""
+    """Decoupled weight decay; vectors (last axis) that this step did not use, whose gradient is zero, keep theirs."""
     clip: float = 0.0
-    """Largest norm of the gradient of all parameters together; 0 for any."""
+    """Largest norm of the gradient over all parameters; 0 for any."""
 
     def start(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fresh moments."""
@@ -36,7 +36,8 @@ class Adam:
         for key, parameter in parameters.items():
             first, second, grad = state[f"first.{key}"], state[f"second.{key}"], parameter.grad
             if self.decay:
-                parameter.mul_(1 - self.learning_rate * self.decay)
+                used = (grad != 0).any(-1, keepdim=True)
+                parameter.mul_(1 - self.learning_rate * self.decay * used)
             first.lerp_(grad, 1 - b1)
             second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
             scale = (second / (1 - b2**count)).sqrt_().add_(1e-8)

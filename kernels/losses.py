@@ -41,3 +41,15 @@ def masked_mse(error: torch.Tensor, mask: torch.Tensor | None = None) -> torch.T
     area = mask.flatten(1).sum(1)
     weight = torch.where(area.view(-1, 1, 1, 1) > 0, mask, torch.ones_like(mask))
     return (square.mean(1, keepdim=True) * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+
+
+def exclusion(
+    space: str, sigma: torch.Tensor, denoised: torch.Tensor, null: torch.Tensor, sigma_data: float = 1.0
+) -> torch.Tensor:
+    """ConceptPrism's exclusion loss (arXiv 2602.19575): mean square of two predictions' difference at one noised input.
+
+    sigma [b]; denoised, null [b, ...]: estimates with the residual vectors and with the empty prompt, which gets no
+    gradient. The target cancels, so ``residual`` between the two estimates is their difference in the space.
+    Returns: [b]. Raises: ValueError for an unknown space.
+    """
+    return residual(space, sigma, denoised, null.detach(), sigma_data).square().flatten(1).mean(1)

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..host.learn import Learned, Session, learn
-from ..host.pictures import loss_curve
+from ..host.pictures import loss_curves
 from ..host.report import learned_text
 from ..host.text import encoders
 from ..kernels.draws import LAWS
@@ -189,6 +189,6 @@ def run(session: Session, values: dict) -> tuple[Learned, tuple, str]:
     shown = {k: values[k] for k in ("preview_every", "save_every", "checkpointing")}
     done = learn(session, **shown)
     text = learned_text(done)
-    curve = loss_curve(done.losses, f"<{done.concept.name}>")
+    curve = loss_curves({"": done.losses, **done.terms}, f"<{done.concept.name}>")
     losses = {"loss": [torch.tensor(v) for v in done.losses]}
     return done, (done.concept, curve, losses, {"samples": done.previews}, text), text

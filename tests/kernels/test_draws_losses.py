@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from concepts.kernels.draws import LAWS, generator, times
-from concepts.kernels.losses import masked_mse, residual
+from concepts.kernels.losses import exclusion, masked_mse, residual
 
 
 def test_draws_depend_on_every_part_and_leave_the_global_generator_alone():
@@ -61,3 +61,22 @@ def test_masked_mean_counts_only_the_mask():
     naive = torch.stack([error[0, :, 1:3, 1:3].square().mean(), error[1].square().mean(), error[2].square().mean()])
     torch.testing.assert_close(values, naive)
     assert torch.autograd.gradcheck(lambda e: masked_mse(e, mask), (error,))
+
+
+@pytest.mark.parametrize("space", ["eps", "v", "flow"])
+def test_exclusion_is_the_difference_of_two_predictions(space):
+    """Written out with the networks' own outputs; gradients reach the first alone."""
+    g = torch.Generator().manual_seed(0)
+    x, first, second = (torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    sigma = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    s = sigma.view(-1, 1, 1, 1)
+
+    def denoised(output):
+        return x / (1 + s**2) - output * s / (1 + s**2) ** 0.5 if space == "v" else x - s * output
+
+    naive = torch.stack([(first[i] - second[i]).square().mean() for i in range(2)])
+    torch.testing.assert_close(exclusion(space, sigma, denoised(first), denoised(second)), naive)
+    a, b = denoised(first).requires_grad_(), denoised(second).requires_grad_()
+    exclusion(space, sigma, a, b).sum().backward()
+    assert b.grad is None
+    assert torch.autograd.gradcheck(lambda e: exclusion(space, sigma, e, b), (a,))

@@ -55,6 +55,12 @@ def test_decay_and_clipping_equal_torch(decay, clip):
         torch.testing.assert_close(ours[key], theirs[key].detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_vectors_without_a_gradient_do_not_decay():
+    parameters = {"a": torch.ones(3, 4)}
+    next(fit(parameters, lambda p, s, m: p["a"][1].sum(), Adam(0.01, decay=0.5), 1))
+    assert bool((parameters["a"][[0, 2]] == 1).all()) and bool((parameters["a"][1] < 0.99).all())
+
+
 @pytest.mark.parametrize(
     "optimiser", [Adam(0.03), Adam(0.03, decay=0.1, clip=0.3), Sphere({}, 0.05)], ids=["adam", "adamw", "sphere"]
 )
