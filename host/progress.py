@@ -1,9 +1,12 @@
 """What the user sees while a node works: bar, preview, interrupt (comfy/utils.py, latent_preview.py)."""
 
+import sys
+
 import comfy.model_management
 import comfy.utils
 import latent_preview
 import torch
+from comfy_execution.utils import get_executing_context
 
 
 class Progress:
@@ -23,6 +26,13 @@ class Progress:
             picture = self.previewer.decode_latent_to_preview_image("JPEG", latent.detach())
         self.bar.update_absolute(done, self.total, picture)
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def say(text: str) -> None:
+    """A line of text on the node that runs; nothing outside a running workflow."""
+    context, server = get_executing_context(), getattr(sys.modules.get("server"), "PromptServer", None)
+    if context is not None and getattr(server, "instance", None) is not None:
+        server.instance.send_progress_text(text, context.node_id)
 
 
 def _previewer(patcher):

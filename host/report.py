@@ -17,6 +17,15 @@ def learned_text(done: Learned) -> str:
         *done.concept.contents(),
         f"NOT SAVED: {done.trouble}" if done.trouble else f"saved: output/concepts/autosave/{done.saved.name}",
     ]
+    base = done.terms.get("diffusion", [])
+    for name, curve in done.terms.items():
+        if name != "diffusion" and base:
+            last = max(1, len(curve) // 10)
+            part, whole = (sum(values[-last:]) / last for values in (curve, base))
+            lines.append(
+                f"{name} loss, weighted: {part:.3e} over the last {last} steps, {part / max(whole, 1e-12):.3g} of the "
+                "diffusion loss"
+            )
     if done.after >= done.before:
         lines.append("The loss did not fall: raise the learning rate or the steps, or check pictures and start word.")
     return "\n".join(lines)

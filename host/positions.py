@@ -1,0 +1,116 @@
+"""Where words stand in a conditioning: token lists of the host's tokenizers to rows of the context."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from ..carriers.concept import Concept
+from ..carriers.errors import CarrierMismatch
+from .text import PLACEHOLDER, Encoder, concept_rows, encoders, fill, with_rows
+from .variants import layers_of
+
+CHUNK = 77
+"""Tokens of one piece of a CLIP prompt."""
+
+
+def placed(encoder: Encoder, tokens: Mapping, offset: int = 0) -> tuple[list, list, int]:
+    """Words and marks of start and end as (token, row), pads left out, and the rows of the whole prompt.
+
+    ``tokens``: what ``clip.tokenize`` gives; learned rows are tensors.
+    """
+    words, marks, total = [], [], 0
+    ends = (encoder.tokenizer.start_token, encoder.tokenizer.end_token)
+    for chunk in tokens[encoder.slot]:
+        for position, (token, *_) in enumerate(chunk):
+            special = not torch.is_tensor(token) and token in ends
+            (marks if special else words).append((token, offset + total + position))
+            if special and token == ends[1]:
+                break
+        total += len(chunk)
+    return words, marks, total
+
+
+def aligned(encoder: Encoder, tokens: Mapping, reference: Mapping) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+    """Columns by which two prompts that differ in the concept's place are compared token by token, start to end.
+
+    Returns: weights [m, c] and [r, c] over the rows of either prompt, several rows in the concept's place as their
+    mean; and which of the c columns is the concept's.
+    """
+    sides = [placed(encoder, t) for t in (tokens, reference)]
+    groups = []
+    for words, _, _ in sides:
+        own, inside = [], False
+        for token, row in words:
+            if torch.is_tensor(token) and inside:
+                own[-1][0].append(row)
+            else:
+                own.append(([row], torch.is_tensor(token)))
+            inside = torch.is_tensor(token)
+        groups.append(own)
+    pairs = list(zip(*groups, strict=True))
+    pairs += [(([a], False), ([b], False)) for (_, a), (_, b) in zip(sides[0][1], sides[1][1], strict=False)]
+    result = []
+    for side in (0, 1):
+        columns = torch.zeros(sides[side][2], len(pairs))
+        for number, pair in enumerate(pairs):
+            columns[pair[side][0], number] = 1 / len(pair[side][0])
+        result.append(columns)
+    return (*result, [pair[0][1] for pair in pairs])
+
+
+def read_from(model, clip) -> list[Encoder]:
+    """Encoders whose rows make up the context, in its order; SDXL's two share their rows.
+
+    Raises: CarrierMismatch for a family whose order is not known.
+    """
+    found, kind = encoders(clip), type(model.model).__name__
+    if layers_of(model.model.diffusion_model):
+        return found[:1]
+    t5 = [e for e in found if e.key == "t5xxl"]
+    if kind == "Flux" and t5:
+        return t5
+    if kind == "SD3":
+        return [*[e for e in found if e.key != "t5xxl"][:1], *t5]
+    raise CarrierMismatch(
+        f"Where words stand in the context of {kind} is not known; connect a model of SD1.5, SD2, SDXL, SD3 or Flux."
+    )
+
+
+def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str]) -> torch.Tensor:
+    """Columns [1, m, words] of a prompt's words: each the mean over the rows of the word's pieces and occurrences.
+
+    ``wanted``: plain words of the prompt, or ``<name>`` of a concept. Raises: ValueError for a word that is not there.
+    """
+    used, names, table = read_from(model, clip), {}, {}
+    for number, concept in enumerate(concepts):
+        names[concept.name] = f"embedding:place-{number}"
+        table[f"place-{number}"] = {
+            key: torch.full(rows.shape[-2:], float(number)) for key, rows in concept_rows(clip, concept).items()
+        }
+    marking = with_rows(clip, table) if table else clip
+    tokens = marking.tokenize(fill(text, names))
+    rows: dict[str, list[int]] = {word: [] for word in wanted}
+    total = 0
+    for encoder in used:
+        words, _, length = placed(encoder, tokens, total)
+        total += length
+        ids = [int(t) if not torch.is_tensor(t) else ("concept", int(t[0])) for t, _ in words]
+        for word in wanted:
+            name = PLACEHOLDER.fullmatch(word)
+            if name and name[1] in names:
+                mine = ("concept", list(names).index(name[1]))
+                rows[word] += [row for i, (_, row) in zip(ids, words, strict=True) if i == mine]
+                continue
+            pieces = encoder.ids(word)
+            for start in range(len(ids) - len(pieces) + 1):
+                if pieces and ids[start : start + len(pieces)] == pieces:
+                    rows[word] += [row for _, row in words[start : start + len(pieces)]]
+    lost = [word for word, found in rows.items() if not found]
+    if lost:
+        known = dict.fromkeys(re.findall(r"<[\w-]+>|[^\s,.;:()<>\[\]]+", text))
+        raise ValueError(f"The prompt does not hold {', '.join(lost)}; its words are: {', '.join(known)}.")
+    columns = torch.zeros(1, total, len(wanted))
+    for number, word in enumerate(wanted):
+        columns[0, rows[word], number] = 1 / len(rows[word])
+    return columns

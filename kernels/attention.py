@@ -1,0 +1,123 @@
+"""Attention maps that are kept as a few columns, and losses between two prompts' maps of the same queries.
+
+Everything that depends on queries x keys is computed in pieces and recomputed in the backward pass, so what a pass
+keeps are its inputs. A column is a weighting of keys: one key, the mean of a word's pieces, a sum over repeated keys.
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+LOSSES = ("probabilities", "logits", "moments")
+PIECE = 1 << 25
+"""Elements of a softmax that exist at the same time."""
+PIXELS = 1024
+"""Pixels that a map counts as having, whatever its resolution: 32 x 32, SD1's at 512 px."""
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[b, n, heads * d] -> [b, heads, n, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _softmax(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Probabilities [b, h, n, m] of queries [b, h, n, d] over keys [b, h, m, d]."""
+    return (_wide(q) @ _wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def _piece(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Queries per piece."""
+    return max(1, PIECE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, columns, follow):
+        ctx.save_for_backward(q, k, v, columns)
+        ctx.follow = follow
+        outs, maps = [], []
+        for part in q.split(_piece(q, k), 2):
+            p = _softmax(part, k)
+            outs.append((p @ v.to(p)).to(v))
+            maps.append(p.mean(1) @ columns.to(p))
+        return torch.cat(outs, 2), torch.cat(maps, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, from_out, from_maps):
+        q, k, v, columns = ctx.saved_tensors
+        step, scale = _piece(q, k), q.shape[-1] ** -0.5
+        dq, dk, dv = [], torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
+        wide, values = _wide(k), _wide(v)
+        for part, out, seen in zip(q.split(step, 2), from_out.split(step, 2), from_maps.split(step, 1), strict=True):
+            p, out = _softmax(part, k), _wide(out)
+            dv += p.transpose(-1, -2) @ out
+            through = out @ values.transpose(-1, -2)
+            more = (seen.to(p) @ columns.to(p).transpose(-1, -2) / q.shape[1])[:, None]
+            both = through + more
+            slope = p * (both - (both * p).sum(-1, keepdim=True)) * scale
+            dk += slope.transpose(-1, -2) @ _wide(part)
+            if not ctx.follow:
+                slope = p * (through - (through * p).sum(-1, keepdim=True)) * scale
+            dq.append((slope @ wide).to(q))
+        return torch.cat(dq, 2), dk.to(k), dv.to(v), None, None
+
+
+def attend(q, k, v, heads: int, columns: torch.Tensor, follow_queries: bool = False):
+    """Attention and chosen columns of its map out of one softmax.
+
+    q [b, n, heads * d]; k, v [b, m, heads * d]; columns [b or 1, m, c]. Maps lead gradients to the keys, and to the
+    queries with ``follow_queries``. Returns: output [b, n, heads * d]; maps [b, n, c], mean over heads.
+    """
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
+    out, maps = _Attend.apply(q, k, v, columns, follow_queries)
+    return out.transpose(1, 2).flatten(2), maps
+
+
+def attention_columns(q, k, heads: int, columns: torch.Tensor, follow_queries: bool = True) -> torch.Tensor:
+    """Chosen columns [b, n, c] of softmax(q k^T / sqrt(d)), softmax over all keys, mean over heads; shapes as above."""
+    return attend(q, k, k[..., :0], heads, columns, follow_queries)[1]
+
+
+def _difference(q, k, reference, columns, of_reference, kind):
+    if kind == "logits":  # linear in the keys, so the columns are taken before the product
+        own, other = (c.transpose(-1, -2)[:, None] for c in (columns, of_reference))
+        own = own / own.sum(-1, keepdim=True).clamp_min(1e-8)
+        other = other / other.sum(-1, keepdim=True).clamp_min(1e-8)
+        gap = _wide(q) @ (own.to(_wide(k)) @ _wide(k) - other.to(_wide(k)) @ _wide(reference)).transpose(-1, -2)
+        count = (columns.sum(1) > 0).sum().clamp_min(1) * q.shape[0] // columns.shape[0]
+        return (gap * q.shape[-1] ** -0.5).square().sum() / (count * q.shape[1] * q.shape[2])
+    ours, theirs = _softmax(q, k), _softmax(q, reference)
+    ours, theirs = ours @ columns.to(ours)[:, None], theirs @ of_reference.to(ours)[:, None]
+    if kind == "probabilities":
+        return (ours - theirs).square().sum() * PIXELS / (q.shape[2] * q.shape[0] * q.shape[1])
+    return attention_moments(ours.mean(1), theirs.mean(1))
+
+
+def attention_moments(ours: torch.Tensor, theirs: torch.Tensor, mean: float = 1.0, variance: float = 2.5):
+    """Distance between mean and variance over the pixels of two maps [b, n, c] (AttnDreamBooth, 2024).
+
+    Its stages 2 and 3 weigh them 2 and 5; here the ratio, and the size in the weight of the loss.
+    Returns: scalar, summed over columns, mean over the batch.
+    """
+    means = (ours.mean(1) - theirs.mean(1)).square()
+    spreads = (ours.var(1, unbiased=False) - theirs.var(1, unbiased=False)).square()
+    return (mean * means + variance * spreads).sum(-1).mean()
+
+
+def attention_loss(q, k, reference, heads: int, columns, of_reference, kind: str = "probabilities") -> torch.Tensor:
+    """Subject-wise attention loss of SeFi-IDE (arXiv 2402.00631) between the maps of one layer.
+
+    q [b, n, heads * d]; k [b, m, heads * d]; reference [b, r, heads * d], keys of the reference prompt for the same
+    queries; columns [b, m, c] and of_reference [b, r, c] say which keys are compared, columns of zeros count nothing.
+    ``probabilities``: squared difference summed over tokens and pixels, mean over heads and batch, scaled to 1,024
+    pixels; ``logits``: mean square before the softmax; ``moments``: ``attention_moments`` of the head-mean maps.
+    Returns: scalar. Raises: ValueError for an unknown kind.
+    """
+    if kind not in LOSSES:
+        raise ValueError(f"Unknown attention loss {kind!r}; known: {', '.join(LOSSES)}.")
+    q, k, reference = (split_heads(x, heads) for x in (q, k, reference))
+    return checkpoint(_difference, q, k, reference, columns, of_reference, kind, use_reentrant=False)

@@ -1,0 +1,129 @@
+"""Which pixels look at a word: the node's path on every family, and that it is told when it cannot be."""
+
+import pytest
+import torch
+
+from concepts.carriers.errors import CarrierMismatch
+
+from .test_variants import concept
+from .tiny import FAMILIES, tiny
+
+pytestmark = pytest.mark.usefixtures("host")
+TEXT = "a photo of <mug>, grass and a xylophone"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, host):
+    return tiny(request.param)
+
+
+def look(made, words, times=(0.5,), text=TEXT, seed=0, **shape):
+    from concepts.host.show import look
+
+    with torch.inference_mode():
+        return look(made.model, made.clip, made.latent, text, [concept(made, **shape)], list(words), list(times), seed)
+
+
+def test_maps_are_shares_of_each_pixel(made):
+    """Over all words of the prompt they are positive and sum to less than one."""
+    (found,) = look(made, ["a", "photo", "<mug>", "grass", "xylophone"])
+    assert found.maps and not found.stage
+    for layer, seen in found.maps.items():
+        assert seen.shape == (layer.height * layer.width, 5)
+        assert bool((seen > 0).all()) and bool((seen.sum(1) < 1).all())
+
+
+def test_the_model_draws_the_same_afterwards(made):
+    from .test_variants import prompt, sample
+
+    before = sample(made, prompt(made, "a mug"), cfg=1.0, steps=2)
+    look(made, ["<mug>"])
+    assert torch.equal(sample(made, prompt(made, "a mug"), cfg=1.0, steps=2), before)
+
+
+def test_stages_change_with_the_time(made):
+    found = look(made, ["<mug>"], (0.2, 0.8), stages=2)
+    assert [one.stage for one in found] == ["stage 1 of 2", "stage 2 of 2"]
+    assert any(not torch.equal(a, b) for a, b in zip(found[0].maps.values(), found[1].maps.values(), strict=True))
+
+
+def test_wrong_words_and_times_are_named(made):
+    with pytest.raises(
+        ValueError, match="does not hold cat; its words are: a, photo, of, <mug>, grass, and, xylophone"
+    ):
+        look(made, ["cat", "grass"])
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        look(made, ["grass"], (1.5,))
+
+
+def test_joint_maps_are_those_of_q_and_k():
+    """SD3: rows of the picture over all keys, text first, mean over heads."""
+    import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+
+    made, kept = tiny("sd3"), []
+    stock = mmdit.optimized_attention
+
+    def noted(q, k, v, *args, **kwargs):
+        kept.append((q, k, kwargs["heads"]))
+        return stock(q, k, v, *args, **kwargs)
+
+    mmdit.optimized_attention = noted
+    try:
+        (found,) = look(made, ["grass"], text="grass")
+    finally:
+        mmdit.optimized_attention = stock
+    assert len(kept) == len(found.maps) == 2
+    for (q, k, heads), (layer, seen) in zip(kept, found.maps.items(), strict=True):
+        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+        p = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        torch.testing.assert_close(seen[:, 0], p[0, -layer.height * layer.width :, 1], rtol=1e-4, atol=1e-6)
+
+
+def test_other_families_are_refused():
+    made = tiny("flux")
+    made.model.model.__class__ = type("Other", (type(made.model.model),), {})
+    with pytest.raises(CarrierMismatch, match="context of Other is not known"):
+        look(made, ["grass"])
+
+
+@pytest.fixture(scope="module")
+def scene(toy):
+    """A picture of the toy world with the mask of its object and its caption."""
+    import random
+
+    from concepts.demo import world
+    from concepts.host.pictures import batch
+
+    drawn = world.named_scene(random.Random(0))
+    picture, mask = world.render(drawn)
+    return batch([picture]), batch([mask])[0], world.caption(drawn, random.Random(0), full=True), drawn
+
+
+def test_the_toy_model_looks_at_the_object(toy, scene):
+    """Pixels of the object look more at its word than the rest does."""
+    from concepts.host.show import shown
+
+    picture, mask, caption, drawn = scene
+    with torch.inference_mode():
+        image, found = shown(toy[0], toy[1], caption, [], f"{drawn.shape}, a", "0.3, 0.6", 0, picture, toy[2])
+    assert image.ndim == 4 and image.shape[0] == 1 and 0 <= float(image.min()) and float(image.max()) <= 1
+    assert found.shape == (1, *mask.shape) and float(found.min()) == 0 and float(found.max()) == 1
+    assert float(found[0][mask > 0.5].mean()) > 1.3 * float(found[0][mask < 0.5].mean())
+
+
+def test_a_latent_will_do_and_a_picture_is_needed(toy, scene):
+    from concepts.host.show import shown
+
+    with torch.inference_mode():
+        latent = {"samples": toy[2].encode(scene[0])}
+        for vae in (None, toy[2]):
+            image, _ = shown(toy[0], toy[1], "a mug", [], "mug", "0.5", 0, latent=latent, vae=vae)
+            assert torch.isfinite(image).all()
+        for changes, message in (
+            ({}, "connect image and vae, or latent"),
+            ({"words": " ,"}, "no word to show"),
+            ({"levels": "half"}, "not 'half'"),
+        ):
+            given = {"words": "mug", "levels": "0.5", **changes}
+            with pytest.raises(ValueError, match=message):
+                shown(toy[0], toy[1], "a mug", [], seed=0, **given)

@@ -1,0 +1,110 @@
+"""Attention columns and losses against the naive formulas."""
+
+import pytest
+import torch
+
+from concepts.kernels import attention
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def naive(q, k, heads):
+    """Probabilities [b, h, n, m], one head at a time."""
+    size = q.shape[-1] // heads
+    parts = [
+        (a @ b.transpose(1, 2) / size**0.5).softmax(-1) for a, b in zip(q.split(size, 2), k.split(size, 2), strict=True)
+    ]
+    return torch.stack(parts, 1)
+
+
+@pytest.fixture(params=[attention.PIECE, 60], ids=["whole", "pieces"])
+def case(request, monkeypatch):
+    monkeypatch.setattr(attention, "PIECE", request.param)
+    q, k, v, r = drawn(2, 6, 8), drawn(2, 5, 8, seed=1), drawn(2, 5, 8, seed=2), drawn(2, 7, 8, seed=3)
+    columns, of_reference = torch.zeros(2, 5, 3).double(), torch.zeros(2, 7, 3).double()
+    for b, keys in enumerate(([0, 2, 4], [1, 3, 4])):
+        columns[b, keys, range(3)] = 1
+        of_reference[b, keys, range(3)] = 1
+    of_reference[0, :, 1] = torch.tensor([0, 0, 0.5, 0.5, 0, 0, 0])
+    return q, k, v, r, columns, of_reference
+
+
+def test_attention_and_columns_equal_the_naive_ones(case):
+    q, k, v, _, columns, _ = case
+    p = naive(q, k, 2)
+    out, maps = attention.attend(q, k, v, 2, columns)
+    torch.testing.assert_close(maps, p.mean(1) @ columns)
+    torch.testing.assert_close(out, (p @ attention.split_heads(v, 2)).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention.attention_columns(q, k, 2, columns), maps)
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_gradients_of_the_columns(case, follow):
+    q, k, v, _, columns, _ = (x.requires_grad_(i < 3) for i, x in enumerate(case))
+    weights = drawn(2, 6, 3, seed=4)
+    if follow:
+        assert torch.autograd.gradcheck(lambda *x: attention.attend(*x, 2, columns, True), (q, k, v))
+        return
+    out, maps = attention.attend(q, k, v, 2, columns)
+    found = torch.autograd.grad(out.square().sum() + (maps * weights).sum(), (q, k, v))
+    plain = (naive(q, k, 2) @ attention.split_heads(v, 2)).square().sum()
+    seen = ((naive(q.detach(), k, 2).mean(1) @ columns) * weights).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(plain + seen, (q, k, v)))
+
+
+def test_a_pass_keeps_its_inputs_only():
+    q, k, v = (drawn(1, n, 8).requires_grad_() for n in (64, 77, 77))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        columns = torch.eye(77).double()[None, :, :2]
+        _, maps = attention.attend(q, k, v, 2, columns)
+        attention.attention_loss(q, k, v, 2, columns, columns)
+    inputs = {t.untyped_storage().data_ptr() for t in (q, k, v, columns)}
+    assert not [t for t in kept if t.numel() and t.untyped_storage().data_ptr() not in inputs]
+    assert maps.shape == (1, 64, 2)
+
+
+def expected(kind, q, k, r, columns, of_reference):
+    if kind == "logits":
+        size = 4
+        a, b = (
+            torch.stack([x @ y.mT for x, y in zip(q.split(size, 2), z.split(size, 2), strict=True)], 1) for z in (k, r)
+        )
+        return ((a @ columns[:, None] - b @ of_reference[:, None]) / 2).square().mean()
+    a, b = naive(q, k, 2) @ columns[:, None], naive(q, r, 2) @ of_reference[:, None]
+    if kind == "probabilities":
+        return (a - b).square().sum((2, 3)).mean() * 1024 / q.shape[1]
+    a, b = a.mean(1), b.mean(1)
+    one = (a.mean(1) - b.mean(1)).square() + 2.5 * (a.var(1, unbiased=False) - b.var(1, unbiased=False)).square()
+    return one.sum(-1).mean()
+
+
+@pytest.mark.parametrize("kind", attention.LOSSES)
+def test_losses_equal_the_naive_ones(case, kind):
+    q, k, _, r, columns, of_reference = case
+    k.requires_grad_()
+    found, wanted = (
+        attention.attention_loss(q, k, r, 2, columns, of_reference, kind),
+        expected(kind, q, k, r, columns, of_reference),
+    )
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, k), torch.autograd.grad(wanted, k))
+    assert torch.autograd.gradcheck(lambda x: attention.attention_loss(q, x, r, 2, columns, of_reference, kind), (k,))
+
+
+@pytest.mark.parametrize("kind", attention.LOSSES)
+def test_columns_of_zeros_and_repeated_keys_change_nothing(case, kind):
+    q, k, _, r, columns, of_reference = case
+    plain = attention.attention_loss(q, k, r, 2, columns, of_reference, kind)
+    more, of_more = (torch.cat([c, torch.zeros_like(c[..., :2])], -1) for c in (columns, of_reference))
+    torch.testing.assert_close(attention.attention_loss(q, k, r, 2, more, of_more, kind), plain)
+    twice = attention.attention_loss(q, k.repeat(1, 2, 1), r, 2, columns.repeat(1, 2, 1), of_reference, kind)
+    torch.testing.assert_close(twice, plain)
+
+
+def test_an_unknown_loss_is_named(case):
+    q, k, _, r, columns, of_reference = case
+    with pytest.raises(ValueError, match="Unknown attention loss 'max'"):
+        attention.attention_loss(q, k, r, 2, columns, of_reference, "max")
