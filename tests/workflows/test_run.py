@@ -130,6 +130,29 @@ def test_the_stock_loss_graph_takes_the_losses(client):
     assert run(client, made)["outputs"]["21"]["images"]
 
 
+@pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_"])
+def test_every_learner_learns_saves_and_draws(client, server, which):
+    """The graphs of the other learners with fewer steps, from pictures to scenes."""
+    made = graph(which)
+    for node in made.values():
+        if node["class_type"].startswith("ConceptLearn"):
+            node["inputs"] |= {"steps": 3, "preview_every": 2, "save_every": 0}
+            node["inputs"] |= {"class_pictures": 2} if node["inputs"].get("class_pictures") else {}
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 3
+    result = run(client, made)
+    learners = [k for k, n in made.items() if n["class_type"].startswith("ConceptLearn")]
+    assert learners and all("3 steps" in result["outputs"][k]["text"][0] for k in learners)
+    for key in keys(made, "SaveImage"):
+        assert all(client.image(ref).size == (128, 128) for ref in result["outputs"][key]["images"])
+    for key in keys(made, "ConceptSaveCarrier"):
+        folder, name = result["outputs"][key]["text"][0].removeprefix("saved ").split("/")
+        place = server.folder("models" if folder == "loras" else "output") / folder / name
+        assert read_concept(place).info["steps"] == 3
+    if which == "4_":
+        assert len(result["outputs"][keys(made, "SaveImage")[-1]]["images"]) == 5, "a picture per residual"
+
+
 @pytest.mark.parametrize(
     "file", ["concepts/../../secret", "concepts//etc/passwd", "elsewhere/x.safetensors", "concepts/gone.safetensors"]
 )
