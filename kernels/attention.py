@@ -1,15 +1,18 @@
 """Attention maps that are kept as a few columns, and losses between two prompts' maps of the same queries.
 
-Everything that depends on queries x keys is computed in pieces and recomputed in the backward pass, so what a pass
-keeps are its inputs. A column is a weighting of keys: one key, the mean of a word's pieces, a sum over repeated keys.
+What depends on queries x keys is never kept: a forward pass leaves its inputs, and the backward pass recomputes. A
+column is a weighting of keys: one key, the mean of a word's pieces, a sum over repeated keys.
 """
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOSSES = ("probabilities", "logits", "moments")
 PIECE = 1 << 25
 """Elements of a softmax that exist at the same time."""
+CACHED = 1 << 19
+"""The same on CPUs, where a piece should stay in the cache."""
 PIXELS = 1024
 """Pixels that a map counts as having, whatever its resolution: 32 x 32, SD1's at 512 px."""
 
@@ -25,12 +28,13 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def _softmax(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Probabilities [b, h, n, m] of queries [b, h, n, d] over keys [b, h, m, d]."""
-    return (_wide(q) @ _wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return (_wide(q) * q.shape[-1] ** -0.5 @ _wide(k).transpose(-1, -2)).softmax(-1)
 
 
 def _piece(q: torch.Tensor, k: torch.Tensor) -> int:
     """Queries per piece."""
-    return max(1, PIECE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    most = min(PIECE, CACHED) if q.device.type == "cpu" else PIECE
+    return max(1, most // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
 
 
 class _Attend(torch.autograd.Function):
@@ -38,12 +42,13 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, columns, follow):
         ctx.save_for_backward(q, k, v, columns)
         ctx.follow = follow
-        outs, maps = [], []
-        for part in q.split(_piece(q, k), 2):
-            p = _softmax(part, k)
-            outs.append((p @ v.to(p)).to(v))
-            maps.append(p.mean(1) @ columns.to(p))
-        return torch.cat(outs, 2), torch.cat(maps, 1)
+        # columns are values too, so torch's fused product gives both; it wants heads of one width
+        both = torch.cat([v, columns.to(v)[:, None].expand(*v.shape[:2], -1, -1)], -1)
+        width = max(q.shape[-1], both.shape[-1])
+        given = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, both))
+        found = F.scaled_dot_product_attention(*given, scale=q.shape[-1] ** -0.5)
+        out, maps, _ = found.split([v.shape[-1], columns.shape[-1], width - both.shape[-1]], -1)
+        return out.contiguous(), _wide(maps).mean(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
