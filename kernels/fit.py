@@ -12,10 +12,16 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Adam:
-    """AdamW without decay (arXiv 1711.05101): the optimiser of Textual Inversion."""
+    """AdamW (arXiv 1711.05101), without decay unless asked: the optimiser of Textual Inversion.
+
+    ``decay`` shrinks parameters before the step, of matrices only the rows with a gradient; ``clip`` is the largest
+    norm of all gradients together. 0 turns either off.
+    """
 
     learning_rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.999)
+    decay: float = 0.0
+    clip: float = 0.0
 
     def start(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fresh moments."""
@@ -25,8 +31,15 @@ class Adam:
     def update(self, parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
         """One step in place, with ``.grad`` of each parameter; ``state["step"]`` counts from 1."""
         count, (b1, b2) = int(state["step"]), self.betas
+        if self.clip:
+            total = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
+            for parameter in parameters.values():
+                parameter.grad.mul_((self.clip / (total + 1e-6)).clamp(max=1.0))
         for key, parameter in parameters.items():
             first, second, grad = state[f"first.{key}"], state[f"second.{key}"], parameter.grad
+            if self.decay:
+                used = (grad != 0).any(-1, keepdim=True) if grad.ndim == 2 else torch.ones_like(grad)
+                parameter.mul_(1 - self.learning_rate * self.decay * used.to(parameter))
             first.lerp_(grad, 1 - b1)
             second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
             scale = (second / (1 - b2**count)).sqrt_().add_(1e-8)

@@ -40,6 +40,26 @@ def test_adam_equals_torch():
         torch.testing.assert_close(ours[key], theirs[key].detach(), rtol=1e-6, atol=1e-7)
 
 
+def test_decay_and_clip_equal_torch():
+    ours, _ = run(Adam(0.03, decay=0.1, clip=0.5), 25)
+    theirs = {k: v.requires_grad_() for k, v in start().items()}
+    optimiser = torch.optim.AdamW(theirs.values(), lr=0.03, weight_decay=0.1)
+    for step in range(25):
+        optimiser.zero_grad()
+        noisy(theirs, step, 0).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 0.5)
+        optimiser.step()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_decay_spares_rows_without_a_gradient():
+    parameters = {"a": torch.ones(3, 2)}
+    next(fit(parameters, lambda p, s, m: p["a"][1].sum(), Adam(0.1, decay=0.5), 1))
+    assert torch.equal(parameters["a"][[0, 2]].detach(), torch.ones(2, 2))
+    torch.testing.assert_close(parameters["a"][1].detach(), torch.full((2,), 0.95 - 0.1))
+
+
 @pytest.mark.parametrize("optimiser", [Adam(0.03), Sphere({}, 0.05)], ids=["adam", "sphere"])
 def test_continuing_equals_one_run_bit_for_bit(optimiser):
     whole, losses = run(optimiser, 17, accumulate=2)
