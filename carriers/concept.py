@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .errors import CarrierError
+from .mapper import check_mapper, networks, width
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ENCODER = re.compile(r"[A-Za-z0-9_]{1,64}")
@@ -28,7 +29,8 @@ class Concept:
     kind: str
     """One of ``KINDS``."""
     tensors: Mapping[str, torch.Tensor]
-    """For ``tokens``: rows of the encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32."""
+    """For ``tokens``: rows of the encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32.
+    For ``mapper``: the parts of a network per encoder key (mapper.py)."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """JSON facts: settings, losses, base model."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -60,7 +62,13 @@ class Concept:
     def summary(self) -> str:
         """What it holds and how it was learned, in a few lines."""
         lines = [f"<{self.name}>: {self.kind}"]
-        for key, value in self.tensors.items():
+        for key, network in networks(self.tensors).items() if self.kind == "mapper" else ():
+            count = sum(value.numel() for value in network.values())
+            lines.append(
+                f"{key}: a network of {count} numbers for {len(self.info['layers'])} layers and {self.info['anchors']} "
+                f"times, {width(network)} width; norm {self.info['norms'][key]:.3f}"
+            )
+        for key, value in self.tensors.items() if self.kind == "tokens" else ():
             shape = ", ".join(
                 f"{n} {axis}" for n, axis in zip(value.shape, AXES, strict=True) if n > 1 or axis in AXES[3:]
             )
@@ -97,4 +105,4 @@ def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[
             )
 
 
-KINDS = {"tokens": _check_tokens}
+KINDS = {"tokens": _check_tokens, "mapper": check_mapper}

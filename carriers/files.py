@@ -1,7 +1,8 @@
 """Concepts on disk: one safetensors file, written atomically, checked completely when read.
 
 Plain tokens lie under the encoder's key as [vectors, width], so the file is also a stock ``embedding:name`` file
-(comfy/sd1_clip.py load_embed). Everything else is under ``concepts.``; metadata carries a SHA-256 over all of it.
+(comfy/sd1_clip.py load_embed). Everything else is under ``concepts.``, the tensors of other kinds than tokens under
+``concepts.<kind>.``; metadata carries a SHA-256 over all of it.
 """
 
 import hashlib
@@ -32,10 +33,13 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
     ``notes``: extra metadata, such as prompt and workflow as JSON.
     Raises: CarrierFileError when the disk refuses, naming the file.
     """
-    tensors = {
-        k if v.shape[:3] == (1, 1, 1) else TOKENS + k: v[0, 0, 0] if v.shape[:3] == (1, 1, 1) else v
-        for k, v in concept.tensors.items()
-    }
+    if concept.kind == "tokens":
+        tensors = {
+            k if v.shape[:3] == (1, 1, 1) else TOKENS + k: v[0, 0, 0] if v.shape[:3] == (1, 1, 1) else v
+            for k, v in concept.tensors.items()
+        }
+    else:
+        tensors = {f"{OWN}{concept.kind}.{k}": v for k, v in concept.tensors.items()}
     tensors |= {STATE + k: v for k, v in concept.state.items()}
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     metadata = {
@@ -162,8 +166,9 @@ def from_parts(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
     if metadata.get(OWN + "digest") != _digest(tensors, metadata):
         raise CarrierFileError(f"{path} is damaged: its checksum does not match. Copy or save it again.")
     try:
+        prefix = f"{OWN}{metadata[OWN + 'kind']}."
         learned = {
-            k.removeprefix(TOKENS): v if k.startswith(TOKENS) else v[None, None, None]
+            k.removeprefix(prefix): v if k.startswith(prefix) else v[None, None, None]
             for k, v in tensors.items()
             if not k.startswith(STATE)
         }

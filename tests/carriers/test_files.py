@@ -1,6 +1,6 @@
 """Concept files: whole or not at all, read completely or refused with a sentence.
 
-The golden file was written once by ``write_concept(golden(), path, {"note": "golden"})``.
+The golden files were written once by ``write_concept(made(), path, {"note": "golden"})``.
 """
 
 import json
@@ -22,8 +22,9 @@ from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierFileError
 from concepts.carriers.files import parse, read_concept, write_concept, write_new
 from concepts.carriers.foreign import read_any
+from concepts.kernels import neti
 
-GOLDEN = Path(__file__).parent / "golden_tokens_v1.safetensors"
+HERE = Path(__file__).parent
 PREAMBLE = f"""
 import sys, types
 package = types.ModuleType("concepts"); package.__path__ = [{str(Path(__file__).resolve().parents[2])!r}]
@@ -52,7 +53,19 @@ def golden() -> Concept:
 
 def layered() -> Concept:
     rows = torch.randn(5, 3, 2, 1, 8, generator=torch.Generator().manual_seed(1))
-    return Concept("deep", "tokens", {"clip_l": rows})
+    return Concept("deep", "tokens", {"clip_l": rows}, {"layers": ["input.1", "middle.0", "output.1"]})
+
+
+def mapper() -> Concept:
+    shapes = neti.start(3, 4, torch.Generator().manual_seed(0), anchors=2, hidden=5, count=6)
+    tensors = {k: torch.arange(v.numel(), dtype=torch.float32).reshape(v.shape) / 8 for k, v in shapes.items()}
+    return Concept(
+        "mapped",
+        "mapper",
+        {f"clip_l.{k}": v for k, v in tensors.items()},
+        {"layers": ["input.1", "middle.0", "output.0"], "anchors": 2, "norms": {"clip_l": 0.375}},
+        {"first.clip_l.input.bias": torch.ones(6), "step": torch.tensor(3)},
+    )
 
 
 def same(a: Concept, b: Concept) -> bool:
@@ -64,7 +77,7 @@ def same(a: Concept, b: Concept) -> bool:
     )
 
 
-@pytest.mark.parametrize("made", [golden, layered])
+@pytest.mark.parametrize("made", [golden, layered, mapper])
 def test_round_trip(made, tmp_path):
     write_concept(made(), tmp_path / "a.safetensors", {"prompt": json.dumps({"1": {}})})
     assert same(read_concept(tmp_path / "a.safetensors"), made())
@@ -80,10 +93,12 @@ def _umask() -> int:
     return mask
 
 
-def test_golden_file_reads_for_ever_and_is_still_written(tmp_path):
-    assert same(read_concept(GOLDEN), golden())
-    write_concept(golden(), tmp_path / "new.safetensors", {"note": "golden"})
-    old, new = (parse(p.read_bytes(), p) for p in (GOLDEN, tmp_path / "new.safetensors"))
+@pytest.mark.parametrize("made, name", [(golden, "golden_tokens_v1"), (mapper, "golden_mapper_v1")])
+def test_golden_file_reads_for_ever_and_is_still_written(made, name, tmp_path):
+    path = HERE / f"{name}.safetensors"
+    assert same(read_concept(path), made())
+    write_concept(made(), tmp_path / "new.safetensors", {"note": "golden"})
+    old, new = (parse(p.read_bytes(), p) for p in (path, tmp_path / "new.safetensors"))
     assert old[1] == new[1]  # the digest in it covers every tensor
 
 
@@ -135,7 +150,7 @@ def mutations(data: bytes, count: int, seed: int):
             yield data.replace(word, word[:-1] + bytes([draw.randrange(33, 126)]), 1)
 
 
-@pytest.mark.parametrize("made", [golden, layered])
+@pytest.mark.parametrize("made", [golden, layered, mapper])
 def test_damaged_files_are_refused_with_a_sentence(made, tmp_path):
     path = tmp_path / "a.safetensors"
     write_concept(made(), path, {"prompt": "{}"})
