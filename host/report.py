@@ -4,13 +4,14 @@ import torch
 
 from ..carriers.concept import Concept
 from .learn import Learned
+from .neti import read
 from .text import encoders
 
 
 def learned_text(done: Learned) -> str:
     """Summary of a learning run."""
     info = done.concept.info
-    norms = ", ".join(f"{k} {float(v.norm(dim=-1).mean()):.3f}" for k, v in done.concept.tensors.items())
+    norms = ", ".join(f"{k} {float(v.norm(dim=-1).mean()):.3f}" for k, v in _rows(done.concept).items())
     change = 100 * (done.after / done.before - 1) if done.before else 0.0
     lines = [
         f"<{done.concept.name}>: {info['steps']} steps in {done.seconds:.1f} s",
@@ -21,6 +22,13 @@ def learned_text(done: Learned) -> str:
     if done.after >= done.before:
         lines.append("The loss did not fall: raise the learning rate or the steps, or check pictures and start word.")
     return "\n".join(lines)
+
+
+def _rows(concept: Concept) -> dict[str, torch.Tensor]:
+    """Rows [..., width] per encoder key; of a mapper one per layer, at half of the noise schedule."""
+    if concept.kind != "mapper":
+        return dict(concept.tensors)
+    return {k: v[:, :, 0] for k, v in read(concept, 1)[0].tensors.items()}
 
 
 def nearest_words(encoder, rows: torch.Tensor, count: int = 5) -> list[list[tuple[str, float]]]:
@@ -38,9 +46,9 @@ def nearest_words(encoder, rows: torch.Tensor, count: int = 5) -> list[list[tupl
 
 def inspect_text(concept: Concept, clip=None, count: int = 5) -> tuple[str, list[tuple[str, float]]]:
     """What a concept holds, as text, and (label, cosine) pairs for a picture."""
-    lines, marks = [concept.summary()], []
+    lines, marks, learned = [concept.summary()], [], _rows(concept)
     for encoder in encoders(clip) if clip is not None else []:
-        rows = concept.tensors.get(encoder.key)
+        rows = learned.get(encoder.key)
         if rows is None or rows.shape[-1] != encoder.width:
             lines.append(f"{encoder.key}: nothing learned for this text encoder")
             continue
