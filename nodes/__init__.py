@@ -6,9 +6,9 @@ from ..host import folders
 
 folders.register()  # loaders list its files when the modules below define their schemas
 
-from . import concept_set, files, learn, prompt, toy  # noqa: E402
+from . import concept_set, files, learn, mix, prompt, toy  # noqa: E402
 
-MODULES = [toy, concept_set, learn, prompt, files]
+MODULES = [toy, concept_set, learn, prompt, mix, files]
 
 
 class ConceptCarriers(ComfyExtension):
