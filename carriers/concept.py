@@ -10,6 +10,7 @@ import torch
 
 from . import delta
 from .errors import CarrierError
+from .mapper import check_mapper, networks, width
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ENCODER = re.compile(r"[A-Za-z0-9_]{1,64}")
@@ -30,7 +31,7 @@ class Concept:
     """One of ``KINDS``."""
     tensors: Mapping[str, torch.Tensor]
     """For ``tokens``: rows of the encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32.
-    For ``delta``: the names and shapes of delta.py."""
+    For ``delta``: the names and shapes of delta.py. For ``mapper``: a network's parts per encoder key (mapper.py)."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """JSON facts: settings, losses, base model."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -73,6 +74,14 @@ class Concept:
         if self.kind == "delta":
             return delta.lines(self.tensors)
         lines = []
+        for key, network in networks(self.tensors).items() if self.kind == "mapper" else ():
+            count = sum(value.numel() for value in network.values())
+            lines.append(
+                f"{key}: a network of {count} numbers for {len(self.info['layers'])} layers and {self.info['anchors']} "
+                f"times, {width(network)} width; norm {self.info['norms'][key]:.3f}"
+            )
+        if self.kind == "mapper":
+            return lines
         for key, value in self.tensors.items():
             shape = ", ".join(
                 f"{n} {axis}" for n, axis in zip(value.shape, AXES, strict=True) if n > 1 or axis in AXES[3:]
@@ -106,4 +115,4 @@ def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[
             )
 
 
-KINDS = {"tokens": _check_tokens, "delta": delta.check}
+KINDS = {"tokens": _check_tokens, "delta": delta.check, "mapper": check_mapper}

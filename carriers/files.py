@@ -2,7 +2,7 @@
 
 Plain tokens lie under the encoder's key as [vectors, width], so the file is also a stock ``embedding:name`` file
 (comfy/sd1_clip.py load_embed); deltas lie under their own names, so the file is also a stock LoRA. Everything else is
-under ``concepts.``; metadata carries a SHA-256 over all of it.
+under ``concepts.``, mappers under ``concepts.mapper.``; metadata carries a SHA-256 over all of it.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ LARGEST = 1 << 30
 """Bytes; no concept comes near it."""
 LONGEST_HEADER = 16 << 20
 OWN = "concepts."
-TOKENS, STATE = OWN + "tokens.", OWN + "state."
-SPECS = {"tokens": "textual-inversion", "delta": "lora"}
+TOKENS, STATE, MAPPER = OWN + "tokens.", OWN + "state.", OWN + "mapper."
+SPECS = {"tokens": "textual-inversion", "delta": "lora", "mapper": "neti"}
 """Names of the kinds in https://github.com/Stability-AI/ModelSpec."""
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
@@ -36,7 +36,7 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
     ``notes``: extra metadata, such as prompt and workflow as JSON.
     Raises: CarrierFileError when the disk refuses, naming the file.
     """
-    tensors = dict(_placed(k, v) for k, v in concept.tensors.items())
+    tensors = dict(_placed(k, v, concept.kind) for k, v in concept.tensors.items())
     tensors |= {STATE + k: v for k, v in concept.state.items()}
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     metadata = {
@@ -55,8 +55,10 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
     _replace(Path(path), save(tensors, metadata))
 
 
-def _placed(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+def _placed(key: str, value: torch.Tensor, kind: str) -> tuple[str, torch.Tensor]:
     """Name and form in the file: token rows have five axes, nothing else has."""
+    if kind == "mapper":
+        return MAPPER + key, value
     if value.dim() != 5:
         return key, value
     return (key, value[0, 0, 0]) if value.shape[:3] == (1, 1, 1) else (TOKENS + key, value)
@@ -64,6 +66,8 @@ def _placed(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
 
 def _taken(key: str, value: torch.Tensor, kind: str) -> tuple[str, torch.Tensor]:
     """What ``_placed`` was given."""
+    if kind == "mapper":
+        return key.removeprefix(MAPPER), value
     plain = not key.startswith(TOKENS) and (kind == "tokens" or key.startswith(BUNDLE))
     return key.removeprefix(TOKENS), value[None, None, None] if plain else value
 

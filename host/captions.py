@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -117,14 +117,25 @@ class Prompts:
         entries = [entry for entry, _ in samples]
         if not grid.needs_cross_attention:
             return entries, None
-        tokens = math.lcm(*(entry[0].shape[1] for entry in entries))
 
-        def gathered(layer: int, role: int, like: torch.Tensor) -> torch.Tensor:
-            own = [table[int(grid.index[s, layer, role])] for (_, table), s in zip(samples, stages, strict=True)]
-            return torch.stack([c.repeat(tokens // len(c), 1) for c in own]).to(like)
+        def context(sample: int, name: str, role: int) -> torch.Tensor:
+            return samples[sample][1][int(grid.index[stages[sample], grid.layer(name), role])]
 
-        def pick(name, key, value):
-            layer = grid.layer(name)
-            return gathered(layer, 0, key), gathered(layer, 1, value)
+        return entries, picked(entries, context)
 
-        return entries, lambda options: with_contexts(options, pick)
+
+def picked(entries: list, context: Callable[[int, str, int], torch.Tensor]):
+    """A change of ``transformer_options`` by which each layer sees, per sample, ``context(sample, layer name, role)``.
+
+    context: -> [tokens, width], repeated to the length that the host gives ``entries`` together; role 0 is K, 1 is V.
+    """
+    tokens = math.lcm(*(entry[0].shape[1] for entry in entries))
+
+    def gathered(name: str, role: int, like: torch.Tensor) -> torch.Tensor:
+        own = [context(sample, name, role) for sample in range(len(entries))]
+        return torch.stack([c.repeat(tokens // len(c), 1) for c in own]).to(like)
+
+    def pick(name, key, value):
+        return gathered(name, 0, key), gathered(name, 1, value)
+
+    return lambda options: with_contexts(options, pick)

@@ -4,6 +4,7 @@ import torch
 
 from ..carriers.concept import Concept
 from .learn import Learned
+from .neti import read
 from .text import as_tokens, encoders
 
 
@@ -31,6 +32,14 @@ def learned_text(done: Learned) -> str:
     return "\n".join(lines)
 
 
+def _rows(concept: Concept) -> dict[str, torch.Tensor]:
+    """Rows [..., width] per encoder key; of a mapper one per layer, at half of the noise schedule."""
+    if concept.kind != "mapper":
+        held = as_tokens(concept)
+        return dict(held.tensors) if held else {}
+    return {k: v[:, :, 0] for k, v in read(concept, 1)[0].tensors.items()}
+
+
 def nearest_words(encoder, rows: torch.Tensor, count: int = 5) -> list[list[tuple[str, float]]]:
     """For each row [n, width] the vocabulary entries with the highest cosine, best first."""
     table = encoder.vocabulary.detach().float()
@@ -46,9 +55,9 @@ def nearest_words(encoder, rows: torch.Tensor, count: int = 5) -> list[list[tupl
 
 def inspect_text(concept: Concept, clip=None, count: int = 5) -> tuple[str, list[tuple[str, float]]]:
     """What a concept holds, as text, and (label, cosine) pairs for a picture."""
-    lines, marks, held = [concept.summary()], [], as_tokens(concept)
+    lines, marks, learned = [concept.summary()], [], _rows(concept)
     for encoder in encoders(clip) if clip is not None else []:
-        rows = held.tensors.get(encoder.key) if held else None
+        rows = learned.get(encoder.key)
         if rows is None or rows.shape[-1] != encoder.width:
             lines.append(f"{encoder.key}: nothing learned for this text encoder")
             continue

@@ -11,6 +11,7 @@ from comfy.sd1_clip import SDTokenizer
 from ..carriers.concept import Concept
 from ..carriers.delta import bundled
 from ..carriers.errors import CarrierMismatch
+from .neti import places, read, with_bypass
 from .variants import Grid, attach
 
 PLACEHOLDER = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
@@ -217,9 +218,10 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
             f"The prompt names {', '.join(unknown)}, but the connected concepts are: {have}. "
             "Correct the name or connect the concept."
         )
-    names, shown, rows = {}, [], []
+    names, shown, rows, bypasses = {}, [], [], []
     for name in wanted:
         given, strength = by_name[name]
+        given, bypass = read(given) if given.kind == "mapper" else (given, {})
         concept = as_tokens(given)
         if concept is None:
             names[name] = given.info.get("token_text") or name
@@ -231,14 +233,31 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
             names[name] = f"embedding:concept-{len(shown)}"
             shown.append(concept)
             rows.append(own)
-    grid, encoded = Grid.of(shown), []
-    for cells in grid.cells:
-        table = {
-            f"concept-{number}": {key: variant(value, cell) for key, value in rows[number].items()}
-            for number, cell in enumerate(cells)
+            bypasses.append((bypass, strength))
+    marks = {  # numbers that no learned row begins with, and lengths of the real ones
+        f"concept-{number}": {
+            key: torch.full((value.shape[-2], value.shape[-1]), 1e6 + number) for key, value in own.items()
         }
-        used = with_rows(clip, table) if table else clip
-        encoded.append(used.encode_from_tokens_scheduled(used.tokenize(fill(text, names))))
+        for number, own in enumerate(rows)
+    }
+    marked = with_rows(clip, marks).tokenize(fill(text, names)) if any(b for b, _ in bypasses) else {}
+    grid, encoded, known = Grid.of(shown), [], {}
+    for cells in grid.cells:
+        alike = tuple(cell[:2] if bypass else cell for cell, (bypass, _) in zip(cells, bypasses, strict=True))
+        if alike not in known:  # the bypass comes behind the encoder
+            table = {
+                f"concept-{number}": {key: variant(value, cell) for key, value in rows[number].items()}
+                for number, cell in enumerate(cells)
+            }
+            used = with_rows(clip, table) if table else clip
+            known[alike] = used.encode_from_tokens_scheduled(used.tokenize(fill(text, names)))
+        entries = known[alike]
+        for number, ((stage, layer, role), (bypass, strength)) in enumerate(zip(cells, bypasses, strict=True)):
+            if bypass and role:
+                found = places(encoders(clip), marked, 1e6 + number)
+                own = {key: value[stage, layer][None] for key, value in bypass.items()}
+                entries = [[with_bypass(cond, found, own, strength), extra] for cond, extra in entries]
+        encoded.append(entries)
     return encoded[0] if len(encoded) == 1 else [attach(list(entries), grid) for entries in zip(*encoded, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..host.learn_neti import NetiSession, NetiSettings, check_alone
 from ..host.learn_tokens import TokenSession, TokenSettings
 from . import inputs as shared
 
@@ -93,6 +94,16 @@ class LearnTokens(io.ComfyNode):
                     tooltip="Rows of their own for so many equal parts of the noise schedule (ProSpect: 10). 1: the "
                     "same rows from noise to picture.",
                 ),
+                io.Combo.Input(
+                    "mapper",
+                    options=["none", "NeTI"],
+                    default="none",
+                    optional=True,
+                    advanced=True,
+                    tooltip="NeTI: instead of vectors, a small network that makes them from time and layer (paper: "
+                    "1000 steps, learning_rate 0.001 x batch 2 x accumulate 4). Of init_text it takes only the length. "
+                    "Wants vectors 1, geometry free, layers shared, stages 1; not for SD3 and Flux.",
+                ),
                 *shared.continued(),
             ],
             outputs=shared.outputs(),
@@ -100,20 +111,21 @@ class LearnTokens(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, concept_set, continue_from=None, layers="shared", stages=1, **values
+        cls, model, clip, concept_set, continue_from=None, layers="shared", stages=1, mapper="none", **values
     ) -> io.NodeOutput:
-        settings = TokenSettings(
-            **shared.run_settings(values),
-            vectors=values["vectors"],
-            init=values["init"],
-            init_text=values["init_text"].strip(),
-            geometry=values["geometry"],
-            kappa=values["prior"],
-            encoders=shared.chosen(clip, values),
-            layers=layers,
-            stages=stages,
-        )
-        _, given, text = shared.run(TokenSession(model, clip, concept_set, settings, continue_from), values)
+        same = shared.run_settings(values) | {
+            "init": values["init"],
+            "init_text": values["init_text"].strip(),
+            "encoders": shared.chosen(clip, values),
+        }
+        own = {"vectors": values["vectors"], "geometry": values["geometry"], "layers": layers, "stages": stages}
+        if mapper == "NeTI":
+            check_alone(**own)
+            session = NetiSession(model, clip, concept_set, NetiSettings(**same), continue_from)
+        else:
+            settings = TokenSettings(**same, **own, kappa=values["prior"])
+            session = TokenSession(model, clip, concept_set, settings, continue_from)
+        _, given, text = shared.run(session, values)
         return io.NodeOutput(*given, ui={"text": (text,)})
 
 

@@ -6,6 +6,7 @@ import torch
 from concepts.carriers.concept import Concept
 from concepts.carriers.delta import bundled
 from concepts.carriers.errors import CarrierError
+from concepts.kernels import neti
 
 
 def tokens(n=2, width=8):
@@ -105,3 +106,37 @@ def test_summary_says_what_is_inside():
     assert all(
         part in text for part in ("<mug>", "2 vectors", "8 width", "mean norm", "loss_last: 0.25", "can continue")
     )
+
+
+MAPPER = {"layers": ["input.1", "middle.0"], "anchors": 2, "norms": {"clip_l": 0.5}}
+
+
+def mapper(**changes):
+    made = neti.start(2, 4, torch.Generator().manual_seed(0), anchors=2, hidden=5, count=6) | changes
+    return {f"clip_l.{k}": v for k, v in made.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    "tensors, info, message",
+    [
+        ({}, MAPPER, "no mapper"),
+        (mapper(), {}, "no mapper"),
+        (mapper(), {**MAPPER, "norms": {}}, "length of the word vectors"),
+        (mapper(), {**MAPPER, "norms": {"clip_l": 0}}, "length of the word vectors"),
+        (mapper(), {**MAPPER, "layers": ["input.1"]}, "1 layers and 2 times"),
+        (mapper(), {**MAPPER, "anchors": 3}, "2 layers and 3 times"),
+        (mapper(frequencies=None), MAPPER, "not whole"),
+        (mapper(**{"norm2.bias": torch.zeros(4)}), MAPPER, "not whole"),
+        (mapper(**{"output.bias": torch.zeros(())}), MAPPER, "not whole"),
+        (mapper(more=torch.zeros(1)), MAPPER, "not whole"),
+        (mapper(**{"norm1.bias": torch.full((5,), float("inf"))}), MAPPER, "not finite"),
+    ],
+)
+def test_what_is_not_a_mapper_is_refused(tensors, info, message):
+    with pytest.raises(CarrierError, match=message):
+        Concept("mug", "mapper", tensors, info)
+
+
+def test_summary_of_a_mapper():
+    text = Concept("mug", "mapper", mapper(), MAPPER).summary()
+    assert "clip_l: a network of" in text and "2 layers and 2 times, 4 width; norm 0.500" in text

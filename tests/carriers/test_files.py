@@ -22,6 +22,7 @@ from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierFileError
 from concepts.carriers.files import parse, read_concept, write_concept, write_new
 from concepts.carriers.foreign import read_any
+from concepts.kernels import neti
 
 HERE = Path(__file__).parent
 PREAMBLE = f"""
@@ -73,7 +74,23 @@ def golden_delta() -> Concept:
     )
 
 
-FILES = [(golden, "golden_tokens_v1.safetensors"), (golden_delta, "golden_delta_v1.safetensors")]
+def mapper() -> Concept:
+    shapes = neti.start(3, 4, torch.Generator().manual_seed(0), anchors=2, hidden=5, count=6)
+    tensors = {k: torch.arange(v.numel(), dtype=torch.float32).reshape(v.shape) / 8 for k, v in shapes.items()}
+    return Concept(
+        "mapped",
+        "mapper",
+        {f"clip_l.{k}": v for k, v in tensors.items()},
+        {"layers": ["input.1", "middle.0", "output.0"], "anchors": 2, "norms": {"clip_l": 0.375}},
+        {"first.clip_l.input.bias": torch.ones(6), "step": torch.tensor(3)},
+    )
+
+
+FILES = [
+    (golden, "golden_tokens_v1.safetensors"),
+    (golden_delta, "golden_delta_v1.safetensors"),
+    (mapper, "golden_mapper_v1.safetensors"),
+]
 
 
 def same(a: Concept, b: Concept) -> bool:
@@ -85,7 +102,7 @@ def same(a: Concept, b: Concept) -> bool:
     )
 
 
-@pytest.mark.parametrize("made", [golden, layered, golden_delta])
+@pytest.mark.parametrize("made", [golden, layered, golden_delta, mapper])
 def test_round_trip(made, tmp_path):
     write_concept(made(), tmp_path / "a.safetensors", {"prompt": json.dumps({"1": {}})})
     assert same(read_concept(tmp_path / "a.safetensors"), made())
@@ -173,7 +190,7 @@ def mutations(data: bytes, count: int, seed: int):
             yield data.replace(word, word[:-1] + bytes([draw.randrange(33, 126)]), 1)
 
 
-@pytest.mark.parametrize("made", [golden, layered, golden_delta])
+@pytest.mark.parametrize("made", [golden, layered, golden_delta, mapper])
 def test_damaged_files_are_refused_with_a_sentence(made, tmp_path):
     path = tmp_path / "a.safetensors"
     write_concept(made(), path, {"prompt": "{}"})
