@@ -202,7 +202,7 @@ def test_reports(toy, mug_set):
     from concepts.host.report import inspect_text, learned_text
 
     done = learn(*toy[:2], mug_set, steps=1)
-    assert f"mean norm of the vectors: clip_l {done.concept.info['norms']['clip_l']:.3f}" in learned_text(done)
+    assert f"width; norm {done.concept.info['norms']['clip_l']:.3f}" in learned_text(done)
     text, marks = inspect_text(done.concept, toy[1], 2)
     assert "clip_l: a network of" in text and "nothing learned" not in text
     assert len(marks) == 2 * len(done.concept.info["layers"])
