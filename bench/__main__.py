@@ -1,14 +1,14 @@
 """``nox -s bench -- CASE``: measurements that the README quotes.
 
 Cases: ti_vs_diffusers (a training step against diffusers'), fidelity (every novel concept, with bootstrap intervals),
-quality (the toy world itself). Needs COMFYUI_PATH.
+prism (ConceptPrism's ablation), quality (the toy world itself). Needs COMFYUI_PATH.
 """
 
 import argparse
 import importlib
 import sys
 
-CASES = ("ti_vs_diffusers", "fidelity", "quality")
+CASES = ("ti_vs_diffusers", "fidelity", "prism", "quality")
 
 
 def main() -> int:
