@@ -24,7 +24,7 @@ spec.loader.exec_module(module)
 async def schemas():
     return [node.GET_SCHEMA() for node in await (await module.comfy_entrypoint()).get_node_list()]
 
-assert len(asyncio.run(schemas())) == 8
+assert len(asyncio.run(schemas())) == 9
 print(time.perf_counter() - begun)
 """
 
