@@ -2,7 +2,7 @@
 
 import pytest
 
-from concepts.bench import fidelity, runner
+from concepts.bench import fidelity, prism, runner
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,11 @@ def test_prompts_name_every_position_and_size():
         places = fidelity.scenes_of(name)
         assert {s.position for s in places} == set(world.POSITIONS) and {s.size for s in places} == set(world.SIZES)
         assert len({s.background for s in places}) == len(world.BACKGROUNDS)
+
+
+def test_the_ablation_compares_with_the_target_alone():
+    rows = [row("target only", "a", 0.5, 1.0), row("target only", "b", 0.5, 1.0)]
+    rows += [row("+ exclusion", "a", 0.8, 0.9) | {"in residuals": [0.9, 0.1], "grounds": [1.0, 1.0]}]
+    found = prism.table(rows)["+ exclusion"]
+    assert found["fidelity gain"][0] == pytest.approx(0.3) and found["following gain"][0] == pytest.approx(-0.1)
+    assert found["target in residuals"][0] == 0.5 and found["background in residuals"][0] == 1.0

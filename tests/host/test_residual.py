@@ -187,6 +187,19 @@ def test_the_bank_keeps_what_it_draws(toy, mug_set):
         assert len(full.exclusion.bank) == 5
 
 
+def test_the_sum_is_the_mean_times_the_anchors(toy, mug_set):
+    from concepts.host.gradients import training
+
+    found = []
+    with training(toy[0], toy[1].patcher), torch.no_grad():
+        for changes in ({}, {"reduction": "sum"}, {"beta": 1.0}):
+            made = session(toy, mug_set, **changes)
+            made.begin()
+            draw = generator(0, 0, "test")
+            found.append(float(made.losses(made.parameters, [0], [0], torch.tensor([0.5]), draw)["exclusion"]))
+    assert found[1] == pytest.approx(3 * found[0], rel=1e-5) and found[2] == pytest.approx(2 * found[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{"accumulate": 2, "null_bank": 2}, {"batch": 2}, {"residual_vectors": 0}], ids=str)
 def test_continued_equals_one_run(toy, mug_set, changes, tmp_path):
     whole, all_of_it = learn(toy, mug_set, steps=3, **changes)
