@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.show import shown
-from .sockets import Concept
+from .sockets import named_concepts
 
 
 class ShowAttention(io.ComfyNode):
@@ -11,12 +11,6 @@ class ShowAttention(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        sockets = io.Autogrow.TemplatePrefix(
-            Concept.Input("concept", tooltip="A concept; write its <name> in the prompt."),
-            prefix="concept",
-            min=0,
-            max=50,
-        )
         return io.Schema(
             node_id="ConceptShowAttention",
             display_name="Show Attention",
@@ -53,11 +47,7 @@ class ShowAttention(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Decides the noise that is laid over the picture.",
                 ),
-                io.Autogrow.Input(
-                    "concepts",
-                    template=sockets,
-                    tooltip="Concepts that the prompt may name; sockets grow as you connect.",
-                ),
+                named_concepts(),
                 io.Image.Input("image", optional=True, tooltip="Picture to look at; needs vae. The first of a batch."),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes image, or decodes latent for the background."),
                 io.Latent.Input("latent", optional=True, tooltip="Instead of image: a latent. The first of a batch."),

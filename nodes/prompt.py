@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.text import encode_prompt
-from .sockets import Concept
+from .sockets import named_concepts
 
 
 class EncodePrompt(io.ComfyNode):
@@ -11,12 +11,6 @@ class EncodePrompt(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        sockets = io.Autogrow.TemplatePrefix(
-            Concept.Input("concept", tooltip="A concept; write its <name> in the prompt."),
-            prefix="concept",
-            min=0,
-            max=50,
-        )
         return io.Schema(
             node_id="ConceptEncodePrompt",
             display_name="Concept Prompt",
@@ -43,11 +37,7 @@ class EncodePrompt(io.ComfyNode):
                     step=0.05,
                     tooltip="0: the plain word the concept started from. 1: as learned. Above 1 exaggerates.",
                 ),
-                io.Autogrow.Input(
-                    "concepts",
-                    template=sockets,
-                    tooltip="Concepts that the prompt may name; sockets grow as you connect.",
-                ),
+                named_concepts(),
             ],
             outputs=[
                 io.Conditioning.Output(
