@@ -1,15 +1,15 @@
 """``nox -s bench -- CASE``: measurements that the README quotes.
 
 Cases: ti_vs_diffusers (a training step against diffusers'), fidelity (every novel concept, with bootstrap intervals),
-prism (ConceptPrism's ablation), quality (the toy world itself), prompt_cost (sampling with rows per stage, layer and
-role). Needs COMFYUI_PATH.
+prism (ConceptPrism's ablation), kv (SeFi-IDE's), quality (the toy world itself), prompt_cost (sampling with rows per
+stage, layer and role). Needs COMFYUI_PATH.
 """
 
 import argparse
 import importlib
 import sys
 
-CASES = ("ti_vs_diffusers", "fidelity", "prism", "quality", "prompt_cost")
+CASES = ("ti_vs_diffusers", "fidelity", "prism", "kv", "quality", "prompt_cost")
 
 
 def main() -> int:

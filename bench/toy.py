@@ -42,6 +42,7 @@ def load():
 @torch.inference_mode()
 def draw(toy, conditionings: list, seed: int, at_once: int = 50) -> np.ndarray:
     """Pictures uint8 [n, 128, 128, 3], one per conditioning, with the stock KSampler and its fixed settings."""
+    import comfy.hooks
     import nodes
 
     model, clip, vae = toy
@@ -49,7 +50,9 @@ def draw(toy, conditionings: list, seed: int, at_once: int = 50) -> np.ndarray:
     pictures = []
     for start in range(0, len(conditionings), at_once):
         part = conditionings[start : start + at_once]
-        rows = [[torch.cat([c[0][0] for c in part]), {}]]  # one row of the batch each
+        hooks = comfy.hooks.HookGroup.combine_all_hooks([c[0][1].get("hooks") for c in part])
+        # one row of the batch each; a hook knows its own row
+        rows = [[torch.cat([c[0][0] for c in part]), {"hooks": hooks} if hooks else {}]]
         (latent,) = nodes.EmptyLatentImage().generate(128, 128, len(part))
         (latent,) = nodes.common_ksampler(model, seed + start, STEPS, CFG, SAMPLER, SCHEDULER, rows, empty, latent)
         (images,) = nodes.VAEDecode().decode(vae, latent)

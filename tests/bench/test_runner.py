@@ -2,7 +2,7 @@
 
 import pytest
 
-from concepts.bench import fidelity, prism, runner
+from concepts.bench import arms, fidelity, prism, runner
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def test_the_table_compares_with_plain_words_of_the_same_concept():
     rows = [row("plain words", "a", 0.2, 1.0), row("plain words", "b", 0.6, 0.5), row("TI, 1 vector", "a", 0.8, 0.6)]
     found = fidelity.table(rows)["TI, 1 vector"]
     assert found["runs"] == 1
-    assert found["gain"][0] == pytest.approx(0.6) and found["following kept"] == pytest.approx(0.6)
+    assert found["fidelity gain"][0] == pytest.approx(0.6) and found["following kept"] == pytest.approx(0.6)
 
 
 def test_prompts_name_every_position_and_size():
     from concepts.demo import world
 
     for name in world.NOVEL:
-        places = fidelity.scenes_of(name)
+        places = arms.scenes_of(name)
         assert {s.position for s in places} == set(world.POSITIONS) and {s.size for s in places} == set(world.SIZES)
         assert len({s.background for s in places}) == len(world.BACKGROUNDS)
 
@@ -57,4 +57,4 @@ def test_the_ablation_compares_with_the_target_alone():
     rows += [row("+ exclusion", "a", 0.8, 0.9) | {"in residuals": [0.9, 0.1], "grounds": [1.0, 1.0]}]
     found = prism.table(rows)["+ exclusion"]
     assert found["fidelity gain"][0] == pytest.approx(0.3) and found["following gain"][0] == pytest.approx(-0.1)
-    assert found["target in residuals"][0] == 0.5 and found["background in residuals"][0] == 1.0
+    assert found["found"][0] == 0.5 and found["grounds"][0] == 1.0
