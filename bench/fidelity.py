@@ -20,8 +20,8 @@ METHODS = {
     "Directional TI": {"vectors": 1, "geometry": "fixed norm"},
 }
 SETTINGS = {"steps": 240, "batch": 4, "learning_rate": 0.02, "time_low": 0.5}
-"""The noisier half of the schedule: below it a picture hardly depends on its prompt. Rate and range were chosen on duck,
-quartered-bell, cross-mug and zigzag-mug, seed 0, 2 vectors."""
+"""The noisier half of the schedule: below it a picture hardly depends on its prompt. Rate and range were chosen on
+duck, quartered-bell, cross-mug and zigzag-mug, seed 0, 2 vectors."""
 GAIN, KEPT = 0.15, 0.85
 
 

@@ -1,4 +1,4 @@
-"""Runs the two sides of a case in processes of their own, by turns, and refuses to report on a noisy machine."""
+"""Runs the sides of a case in processes of their own, by turns, and refuses to report on a noisy machine."""
 
 import json
 import os
@@ -66,48 +66,65 @@ def machine() -> dict:
     }
 
 
-def compare(case: str, check, repeats: int, accept_noise: bool) -> int:
-    """Runs both sides ``repeats`` times; prints and writes ratios. Returns the exit status: 3 when too noisy.
+def compare(case: str, repeats: int, accept_noise: bool, check=None, sides: tuple[str, ...] = ("ours",)) -> int:
+    """Runs the peer and all sides ``repeats`` times; prints and writes ratios. Returns: exit status, 3 when too noisy.
 
-    ``check(ours, peer)`` raises AssertionError when the two did not compute the same thing.
+    A side prints ``seconds``, ``peak_above_weights``, ``peak_total`` and ``versions``. ``check(side, peer)`` gives a
+    difference of the two and raises AssertionError when they did not compute the same thing.
     """
-    load, products, runs = os.getloadavg()[0], [reference()], {"peer": [], "ours": []}
+    load, products, runs = os.getloadavg()[0], [reference()], {s: [] for s in ("peer", *sides)}
     for number in range(repeats):
-        for which in ("peer", "ours") if number % 2 == 0 else ("ours", "peer"):
+        for which in list(runs) if number % 2 == 0 else reversed(runs):
             runs[which].append(side(case, which))
             products.append(reference())
-            print(
-                f"{which} {number + 1}/{repeats}: {runs[which][-1]['seconds']:.3f} s a step",
-                file=sys.stderr,
-                flush=True,
-            )
+            seconds = runs[which][-1]["seconds"]
+            print(f"{which} {number + 1}/{repeats}: {seconds:.3f} s a step", file=sys.stderr, flush=True)
     why = noisy(products, load)
     if why and not accept_noise:
         print(f"No report: {why}.", file=sys.stderr)
         return 3
-    checked = [check(o, p) for o, p in zip(runs["ours"], runs["peer"], strict=True)]
-    table = {}
-    for key in ("seconds", "peak_above_weights", "peak_total"):
-        middle, low, high = ratio([r[key] for r in runs["peer"]], [r[key] for r in runs["ours"]])
-        table[key] = {
-            "peer / ours": middle,
-            "from": low,
-            "to": high,
-            **{s: statistics.median(r[key] for r in runs[s]) for s in ("peer", "ours")},
-        }
-        both = f"peer {table[key]['peer']:.4g}  ours {table[key]['ours']:.4g}"
-        print(f"{key:20s} {both}  peer/ours {middle:.2f} ({low:.2f}..{high:.2f})")
-    print("largest relative difference of the losses:", f"{max(checked):.1e}")
+    report = {"case": case, "noise": why, "reference_gflops": products, "machine": machine(), "table": {}, "runs": runs}
+    for which in sides:
+        table = report["table"][which] = {}
+        for key in ("seconds", "peak_above_weights", "peak_total"):
+            middle, low, high = ratio([r[key] for r in runs["peer"]], [r[key] for r in runs[which]])
+            values = {s: statistics.median(r[key] for r in runs[s]) for s in ("peer", which)}
+            table[key] = {"peer / ours": middle, "from": low, "to": high, **values}
+            both = f"peer {values['peer']:.4g}  {which} {values[which]:.4g}"
+            print(f"{key:20s} {both}  ratio {middle:.2f} ({low:.2f}..{high:.2f})")
+        if check:
+            table["loss_difference"] = max(check(o, p) for o, p in zip(runs[which], runs["peer"], strict=True))
+            print(f"largest relative difference of the losses: {table['loss_difference']:.1e}")
     RESULTS.mkdir(exist_ok=True)
-    report = {
-        "case": case,
-        "noise": why,
-        "reference_gflops": products,
-        "machine": machine(),
-        "versions": runs["ours"][0]["versions"],
-        "loss_difference": max(checked),
-        "table": table,
-        "runs": runs,
-    }
     (RESULTS / f"{case}.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+class Peak:
+    """Resident memory in MB: at the start of the loop, and its peak since."""
+
+    def __init__(self):
+        Path("/proc/self/clear_refs").write_text("5")
+        self.start = self.read("VmRSS")
+
+    @staticmethod
+    def read(name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+    def report(self) -> dict:
+        high = self.read("VmHWM")
+        return {"peak_total": high, "peak_above_weights": high - self.start}
+
+
+def timed(losses: list[float], stamps: list[float], peak: Peak, versions: dict) -> dict:
+    """What a side prints: the median time between ``stamps``."""
+    steps = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    return {"seconds": statistics.median(steps), "losses": losses, "versions": versions, **peak.report()}
+
+
+def same_losses(ours: dict, peer: dict) -> float:
+    """Largest relative difference of the losses. Raises: AssertionError above 1e-4."""
+    worst = max(abs(a - b) / abs(b) for a, b in zip(ours["losses"], peer["losses"], strict=True))
+    assert worst < 1e-4, f"the two sides did not compute the same losses: {worst:.1e} apart"
+    return worst
