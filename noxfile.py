@@ -121,9 +121,9 @@ def fetch(session: nox.Session, release: str, sha256: str, target: Path) -> None
     shutil.rmtree(work)
 
 
-def python(session: nox.Session, host: Path, *args: str) -> None:
+def python(session: nox.Session, host: Path, *args: str, **env: str) -> None:
     with phase(session, Path(args[0]).name if args[0] != "-m" else args[1]):
-        session.run(str(PYTHON), *args, env={"COMFYUI_PATH": str(host)}, external=True)
+        session.run(str(PYTHON), *args, env={"COMFYUI_PATH": str(host), **env}, external=True)
 
 
 @nox.session
@@ -136,15 +136,17 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything on the current ComfyUI, then what depends on the host again on the oldest one."""
+    """Everything on the current ComfyUI, then what depends on the host again on the oldest one; one worker a core."""
     environment(session)
     chosen = [arg for arg in session.posargs if (ROOT / arg.split("::")[0]).exists()]
     rest = [arg for arg in session.posargs if arg not in chosen]
     current, oldest = comfyui(session, CURRENT), comfyui(session, OLDEST)
-    python(session, current, "-m", "pytest", f"--comfyui={current}", *rest, *(chosen or ["tests"]))
+    # Workers whose threads wait for each other take ten times as long.
+    workers, alone = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"], {"OMP_NUM_THREADS": "1"}
+    python(session, current, "-m", "pytest", f"--comfyui={current}", *workers, *rest, *(chosen or ["tests"]), **alone)
     again = [arg for arg in chosen or HOST_TESTS if arg.startswith(HOST_TESTS) and (ROOT / arg.split("::")[0]).exists()]
     if oldest != current and again:
-        python(session, oldest, "-m", "pytest", f"--comfyui={oldest}", *rest, *again)
+        python(session, oldest, "-m", "pytest", f"--comfyui={oldest}", *workers, *rest, *again, **alone)
 
 
 @nox.session

@@ -36,4 +36,4 @@ def test_it_adds_less_than_150_ms_to_the_start(comfyui):
         assert done.returncode == 0, done.stderr[-2000:]
         return float(done.stdout.split()[-1])
 
-    assert min(seconds() for _ in range(3)) < 0.15
+    assert any(seconds() < 0.15 for _ in range(3)), "on a busy machine one of three counts"
