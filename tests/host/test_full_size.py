@@ -58,7 +58,8 @@ def full(host, tmp_path_factory):
     g = torch.Generator().manual_seed(0)
     torch.set_num_threads(2)
     latents = tuple(torch.randn(4, 32, 32, generator=g) for _ in range(3))
-    data = ConceptSet(latents, (None,) * 3, (("a photo of {}",),) * 3, (False,) * 3)
+    captions = tuple((f"a photo of {{}} on {ground}",) for ground in ("sand", "grass", "wood"))
+    data = ConceptSet(latents, (None,) * 3, captions, (False,) * 3)
     yield model, clip, data
     torch.set_num_threads(1)
 
@@ -73,15 +74,45 @@ def brief(monkeypatch):
     monkeypatch.setattr(Session, "preview", lambda self: preview(self, 1))
 
 
-@pytest.mark.parametrize("changes", [{}, {"layers": "each", "stages": 2}], ids=str)
-def test_tokens(full, changes):
+def learned(session):
+    """What two checkpointed steps give; every loss is finite."""
     from concepts.host.learn import learn
-    from concepts.host.learn_tokens import TokenSession, TokenSettings
 
-    model, clip, data = full
-    settings = TokenSettings("mug", steps=2, init_text="mug", **changes)
     with torch.inference_mode():
-        session = TokenSession(model, clip, data, settings)
         done = learn(session, preview_every=0, save_every=0, checkpointing="on")
     assert all(map(math.isfinite, [*done.losses, done.before, done.after]))
-    assert done.concept.tensors["clip_l"].shape == (2 if changes else 1, 16 if changes else 1, 1, 1, 768)
+    return done.concept
+
+
+@pytest.mark.parametrize("changes", [{}, {"layers": "each", "stages": 2}], ids=str)
+def test_tokens(full, changes):
+    from concepts.host.learn_tokens import TokenSession, TokenSettings
+
+    made = learned(TokenSession(*full, TokenSettings("mug", steps=2, init_text="mug", **changes)))
+    assert made.tensors["clip_l"].shape == (2 if changes else 1, 16 if changes else 1, 1, 1, 768)
+
+
+def test_residual_tokens(full):
+    """Reconstruction and two anchors in one batch of three."""
+    from concepts.host.learn_residual import ResidualSession, ResidualSettings
+
+    session = ResidualSession(*full, ResidualSettings("mug", steps=2, init_text="mug"))
+    assert learned(session).tensors["clip_l"].shape == (1, 1, 1, 1, 768)
+    assert [r.tensors["clip_l"].shape[-2:] for r in session.residuals()] == [(8, 768)] * 3
+
+
+def test_kv_tokens(full):
+    """The self-attention module of the paper's width, and maps of a half of the latent's side."""
+    from concepts.host.learn_kv import KVSession, KVSettings
+
+    made = learned(KVSession(*full, KVSettings("mug", steps=2, init_text="mug")))
+    assert made.tensors["clip_l"].shape == (5, 1, 2, 1, 768)
+
+
+def test_lora(full):
+    """Query, key, value and output of both attentions in 16 blocks."""
+    from concepts.host.learn_lora import LoraSession, LoraSettings
+
+    made = learned(LoraSession(*full, LoraSettings("mug", steps=2, token_text="sks mug")))
+    ups = [v for k, v in made.tensors.items() if k.endswith("lora_up.weight")]
+    assert len(ups) == 128 and all(bool(v.any()) for v in ups)
