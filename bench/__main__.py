@@ -9,7 +9,17 @@ import argparse
 import importlib
 import sys
 
-CASES = ("ti_vs_diffusers", "prism_vs_script", "lora_vs_core", "fidelity", "prism", "kv", "quality", "prompt_cost")
+CASES = (
+    "ti_vs_diffusers",
+    "prism_vs_script",
+    "lora_vs_core",
+    "fidelity",
+    "prism",
+    "stage2",
+    "kv",
+    "quality",
+    "prompt_cost",
+)
 
 
 def main() -> int:

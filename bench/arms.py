@@ -1,5 +1,6 @@
 """Methods over concepts and seeds in the toy world; every finished run is kept, so an interrupted benchmark goes on."""
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +14,13 @@ from . import toy
 from .runner import RESULTS, machine
 
 PROMPTS = 12
+
+
+@functools.cache
+def parts():
+    """(MODEL, CLIP, VAE) of the toy world, loaded once."""
+    toy.host()
+    return toy.load()
 
 
 def arrays(scenes: list[world.Scene]) -> tuple[np.ndarray, np.ndarray]:
@@ -74,15 +82,14 @@ def rows_of(case: str, methods: Iterable[str], names: list[str], rest: list[str]
     gives a row's values.
     """
     file, seeds, names = RESULTS / f"{case}.jsonl", int(rest[0]) if rest else 3, rest[1:] or names
-    toy.host()
-    parts, eyes = toy.load(), judging.load()
+    loaded, eyes = parts(), judging.load()
     RESULTS.mkdir(exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(r["concept"], r["seed"], r["method"]) for r in rows}
     wanted = [(name, seed, method) for seed in range(seeds) for name in names for method in methods]
     for name, seed, method in [w for w in wanted if w not in done]:
         begun = time.monotonic()
-        row = {"concept": name, "seed": seed, "method": method, **measured(parts, eyes, name, seed, method)}
+        row = {"concept": name, "seed": seed, "method": method, **measured(loaded, eyes, name, seed, method)}
         rows.append({**row, "seconds": time.monotonic() - begun})
         with file.open("a") as kept:
             kept.write(json.dumps(rows[-1]) + "\n")

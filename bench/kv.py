@@ -29,26 +29,30 @@ TIMES = (0.2, 0.4, 0.6, 0.8)
 NAMES = [n for n in world.NOVEL if not world.NOVEL[n].scene.style]
 
 
-def outside(parts, name: str, word: str, *concepts) -> list[float]:
-    """Per picture the share of the word's attention outside the object, over all layers and noise levels.
+def shares(maps: dict, mask) -> tuple[float, float]:
+    """Attention inside the object and in all, of layer -> [n, 1]: every map counts by its mean over the pixels.
 
-    Every map counts by its mean over the pixels; a map pixel that the object covers in part counts by that part.
+    mask: uint8 [h, w]; a map pixel that the object covers in part counts by that part.
     """
+    cover, inside, total = torch.from_numpy(mask).float()[None, None] / 255, 0.0, 0.0
+    for layer, seen in maps.items():
+        part = torch.nn.functional.adaptive_avg_pool2d(cover, (layer.height, layer.width)).flatten()
+        inside, total = inside + float((seen[:, 0] * part).mean()), total + float(seen[:, 0].mean())
+    return inside, total
+
+
+def outside(parts, name: str, word: str, *concepts) -> list[float]:
+    """Per picture the share of the word's attention outside the object, over all layers and noise levels."""
     from concepts.host.show import look
 
-    scenes = world.references(name, 8, seed=1)
+    scenes, found = world.references(name, 8, seed=1), []
     pictures, masks = arms.arrays(scenes)
-    found = []
     with torch.inference_mode():
         latents = parts[2].encode(torch.from_numpy(pictures).float() / 255)
         for scene, latent, mask in zip(scenes, latents, masks, strict=True):
             text = world.reference_caption(scene, word)
-            inside, total = 0.0, 0.0
-            for one in look(parts[0], parts[1], latent, text, list(concepts), [word], list(TIMES), seed=0):
-                for layer, seen in one.maps.items():
-                    cover = torch.from_numpy(mask).float()[None, None] / 255
-                    part = torch.nn.functional.adaptive_avg_pool2d(cover, (layer.height, layer.width)).flatten()
-                    inside, total = inside + float((seen[:, 0] * part).mean()), total + float(seen[:, 0].mean())
+            looks = look(parts[0], parts[1], latent, text, list(concepts), [word], list(TIMES), seed=0)
+            inside, total = map(sum, zip(*(shares(one.maps, mask) for one in looks), strict=True))
             found.append(1 - inside / max(total, 1e-12))
     return found
 

@@ -21,8 +21,9 @@ SETTINGS = {
     "residual_vectors": 8,
     "anchors": 1,
     "null_bank": 16,
+    "time_low": 0.5,
 }
-"""Two pictures with an anchor each, where the paper takes one with three: as long a pass, and twice the pictures."""
+"""The range of the fidelity case. Two pictures with an anchor each, where the paper takes one with three: as long a pass, and twice the pictures."""
 RANDOM = {"residual_init": "random"}
 METHODS = {
     "target only": {"residual_vectors": 0},
@@ -46,16 +47,22 @@ NAMES = [n for n in world.NOVEL if not world.NOVEL[n].scene.style]
 """Residuals are about what is behind an object, so not the style."""
 
 
-def measured(parts, eyes, name: str, seed: int, method: str) -> dict:
-    """Fidelity and following per prompt, and per residual and view the target's cosine and the background."""
+def learned(parts, name: str, seed: int, changes: dict):
+    """What is learned, and the residuals."""
     from concepts.host.learn_residual import ResidualSession, ResidualSettings
 
-    begun = time.monotonic()
-    settings = ResidualSettings("novel", seed=seed, init_text=world.NOVEL[name].word, **{**SETTINGS, **METHODS[method]})
+    settings = ResidualSettings("novel", seed=seed, init_text=world.NOVEL[name].word, **{**SETTINGS, **changes})
     session = ResidualSession(parts[0], parts[1], arms.concept_set(parts, name), settings)
-    done, learning = arms.learned(session), time.monotonic() - begun
+    return arms.learned(session), session.residuals()
+
+
+def measured(parts, eyes, name: str, seed: int, method: str) -> dict:
+    """Fidelity and following per prompt, and per residual and view the target's cosine and the background."""
+    begun = time.monotonic()
+    done, residuals = learned(parts, name, seed, METHODS[method])
+    learning = time.monotonic() - begun
     row = arms.drawn(parts, eyes, name, seed, "<novel>", done.concept)
-    if residuals := session.residuals():
+    if residuals:
         views = [toy.prompt(parts, f"a photo of <{r.name}>", r) for r in residuals for _ in range(VIEWS)]
         pictures = toy.draw(parts, views, seed=1000 * (seed + 1) + 500)
         references, masks = arms.arrays(world.references(name, 8, seed=1))

@@ -1,8 +1,13 @@
 """The benchmark's own honesty: it refuses noise, and its ratios are those of the pairs."""
 
-import pytest
+import json
+from typing import NamedTuple
 
-from concepts.bench import arms, fidelity, prism, runner
+import numpy as np
+import pytest
+import torch
+
+from concepts.bench import arms, fidelity, kv, prism, runner, stage2
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,16 @@ def test_a_failing_side_says_why(monkeypatch):
     monkeypatch.chdir(runner.RESULTS.parents[1])
     with pytest.raises(RuntimeError, match="invalid choice"):
         runner.side("no-such-case", "ours")
+
+
+class Layer(NamedTuple):
+    """As host.attention's, which needs the host."""
+
+    name: str
+    block: int
+    scale: int
+    height: int
+    width: int
 
 
 def row(method, concept, fidelity, following, seed=0):
@@ -58,3 +73,42 @@ def test_the_ablation_compares_with_the_target_alone():
     found = prism.table(rows)["+ exclusion"]
     assert found["fidelity gain"][0] == pytest.approx(0.3) and found["following gain"][0] == pytest.approx(-0.1)
     assert found["found"][0] == 0.5 and found["grounds"][0] == 1.0
+
+
+def test_only_missing_runs_are_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(arms, "RESULTS", tmp_path)
+    monkeypatch.setattr(arms, "parts", lambda: None)
+    monkeypatch.setattr(arms.judging, "load", lambda: None)
+    (tmp_path / "case.jsonl").write_text(json.dumps(row("a", "crown", 0.1, 1.0)) + "\n")
+    seen = []
+
+    def measured(parts, eyes, name, seed, method):
+        seen.append((name, seed, method))
+        return {"fidelity": [0.5]}
+
+    for _ in range(2):
+        rows = arms.rows_of("case", ["a", "b"], ["crown", "duck"], ["1"], measured)
+    assert seen == [("crown", 0, "b"), ("duck", 0, "a"), ("duck", 0, "b")] and len(rows) == 4
+
+
+def test_following_is_compared_where_fidelity_is_equal():
+    rows = [row("tokens", "a", 0.4, 1.0)]
+    rows += [row(f"tokens + {s}", "a", f, 0.9) for s, f in ((40, 0.5), (80, 0.55), (120, 0.6))]
+    rows += [
+        row(f"DreamBooth + {s}", "a", f, k)
+        for s, f, k in ((40, 0.3, 1.0), (80, 0.5, 0.8), (120, 0.7, 0.6), (200, 0.8, 0.5))
+    ]
+    assert stage2.at_equal_fidelity(rows) == pytest.approx(0.9 - 0.7)
+    assert stage2.at_equal_fidelity(rows[:-1]) != stage2.at_equal_fidelity(rows[:-1]), "nan while rows are missing"
+
+
+def test_attention_is_counted_where_the_object_is():
+    layers = [Layer("input.1", 0, 1, 4, 4), Layer("middle.1", 0, 2, 2, 2)]
+    mask = np.zeros((128, 128), np.uint8)
+    mask[:, :32] = 255
+    inside, total = kv.shares({layer: torch.full((layer.height * layer.width, 1), 0.1) for layer in layers}, mask)
+    assert inside / total == pytest.approx(0.25)
+    left = torch.zeros(4, 4)
+    left[:, 0] = 1
+    inside, total = kv.shares({layers[0]: left.view(16, 1)}, mask)
+    assert inside == pytest.approx(total) == pytest.approx(0.25)
