@@ -1,8 +1,9 @@
 """``nox -s bench -- CASE``: measurements that the README quotes.
 
-Cases: ti_vs_diffusers (a training step against diffusers'), fidelity (every novel concept, with bootstrap intervals),
-prism (ConceptPrism's ablation), kv (SeFi-IDE's), quality (the toy world itself), prompt_cost (sampling with rows per
-stage, layer and role). Needs COMFYUI_PATH.
+Cases: ti_vs_diffusers, prism_vs_script, lora_vs_core (a learning step against others' code on the same weights),
+core_gradients (of the core's trainer); fidelity, prism, stage2, kv (methods over the novel concepts, with bootstrap
+intervals); quality (the toy world itself), prompt_cost (sampling with rows per stage, layer and role). Needs
+COMFYUI_PATH.
 """
 
 import argparse
@@ -10,15 +11,9 @@ import importlib
 import sys
 
 CASES = (
-    "ti_vs_diffusers",
-    "prism_vs_script",
-    "lora_vs_core",
-    "fidelity",
-    "prism",
-    "stage2",
-    "kv",
-    "quality",
-    "prompt_cost",
+    *("ti_vs_diffusers", "prism_vs_script", "lora_vs_core", "core_gradients"),
+    *("fidelity", "prism", "stage2", "kv"),
+    *("quality", "prompt_cost"),
 )
 
 

@@ -23,8 +23,8 @@ SETTINGS = {
     "null_bank": 16,
     "time_low": 0.5,
 }
-"""The range of the fidelity case. Two pictures with an anchor each, where the paper takes one with three: as long a pass,
-and twice the pictures."""
+"""The range of the fidelity case. Two pictures with an anchor each, where the paper takes one with three: as
+long a pass, and twice the pictures."""
 RANDOM = {"residual_init": "random"}
 METHODS = {
     "target only": {"residual_vectors": 0},
