@@ -28,7 +28,7 @@ async function layOut(api, note) {
     const graph = window.app.graph
     const columns = [['ConceptLoadToyWorld', 'CheckpointLoaderSimple', 'ConceptLoadToyReferences', 'LoadImage', 'ConceptLoadCarrier'],
       ['ConceptMakeSet'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora'],
-      ['ConceptApplyCarrier', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
+      ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
     const size = node => {
       const least = node.computeSize()
       const text = node.widgets?.some(w => w.type === 'customtext')

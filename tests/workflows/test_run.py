@@ -130,7 +130,7 @@ def test_the_stock_loss_graph_takes_the_losses(client):
     assert run(client, made)["outputs"]["21"]["images"]
 
 
-@pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_"])
+@pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_", "8_", "9_"])
 def test_every_learner_learns_saves_and_draws(client, server, which):
     """The graphs of the other learners with fewer steps, from pictures to scenes."""
     made = graph(which)
@@ -148,7 +148,7 @@ def test_every_learner_learns_saves_and_draws(client, server, which):
     for key in keys(made, "ConceptSaveCarrier"):
         folder, name = result["outputs"][key]["text"][0].removeprefix("saved ").split("/")
         place = server.folder("models" if folder == "loras" else "output") / folder / name
-        assert read_concept(place).info["steps"] == 3
+        assert read_concept(place).info.get("steps", 3) == 3  # a mix has none
     if which == "4_":
         assert len(result["outputs"][keys(made, "SaveImage")[-1]]["images"]) == 5, "a picture per residual"
 
