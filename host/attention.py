@@ -31,7 +31,8 @@ class Layer(NamedTuple):
     width: int
 
 
-def _layer(name: str, block: int, size: tuple[int, int], pixels: int) -> Layer | None:
+def layer_of(name: str, block: int, size: tuple[int, int], pixels: int) -> Layer | None:
+    """The layer whose queries are ``pixels`` cells of a latent of ``size``; None where no halving of it has as many."""
     (height, width), scale = size, 1
     while height * width > pixels:
         height, width, scale = -(-height // 2), -(-width // 2), 2 * scale
@@ -90,7 +91,7 @@ class AttentionTap:
         def patch(n, key, value, extra):
             marked.clear()
             block = extra["block"]
-            layer = _layer(
+            layer = layer_of(
                 f"{block[0]}.{block[1]}", extra.get("block_index", 0), extra["original_shape"][-2:], n.shape[1]
             )
             self.seen |= {layer.scale} if layer else set()

@@ -44,6 +44,17 @@ def changed(entry: list) -> tuple[list, object]:
     return [entry[0], facts], change
 
 
+def prompted(clip, text: str, concepts: list[Concept], columns: torch.Tensor | None = None) -> tuple[list, object]:
+    """The prompt as ``changed`` gives it. Raises: CarrierMismatch when ``columns`` [1, m, c] are not of its rows."""
+    entry, change = changed(encode_prompt(clip, text, [(c, 1.0) for c in concepts])[0])
+    if columns is not None and entry[0].shape[1] != columns.shape[1]:
+        raise CarrierMismatch(
+            f"The text encoder gave {entry[0].shape[1]} rows for {columns.shape[1]} tokens; connect the model's "
+            "own CLIP."
+        )
+    return entry, change
+
+
 def look(
     model,
     clip,
@@ -62,12 +73,7 @@ def look(
     if not times or not all(0 <= t <= 1 for t in times):
         raise ValueError(f"Noise levels are {', '.join(map(str, times)) or 'missing'}; write times from 0 to 1.")
     columns = columns_of(model, clip, text, concepts, words)
-    entry, change = changed(encode_prompt(clip, text, [(c, 1.0) for c in concepts])[0])
-    if entry[0].shape[1] != columns.shape[1]:
-        raise CarrierMismatch(
-            f"The text encoder gave {entry[0].shape[1]} rows for {columns.shape[1]} tokens; connect the model's "
-            "own CLIP."
-        )
+    entry, change = prompted(clip, text, concepts, columns)
     used = [c for c in concepts if f"<{c.name}>" in text]
     stages = max([1, *(v.shape[0] for c in used for v in c.tensors.values())])
     comfy.model_management.load_models_gpu([model], memory_required=model.memory_required([1, *latent.shape]))
@@ -78,14 +84,15 @@ def look(
         for number, time in enumerate(times):
             sigma = sigmas_at(d.sampling, torch.tensor([time])).to(d.device)
             noise = torch.randn(clean.shape, generator=generator(seed, number, "looks")).to(d.device)
-            tap = _tap(model, columns, clean)
+            tap = tap_of(model, columns, clean)
             d(d.noised(clean, noise, sigma), sigma, [entry], lambda options, tap=tap: tap.change(change(options)))
             stage = f"stage {min(stages - 1, int(time * stages)) + 1} of {stages}" if stages > 1 else ""
             found.append(Looks(time, stage, {k: v[0].float().cpu() for k, v in tap.take().items()}))
     return found
 
 
-def _tap(model, columns: torch.Tensor, latent: torch.Tensor):
+def tap_of(model, columns: torch.Tensor, latent: torch.Tensor) -> AttentionTap | JointTap:
+    """What records the maps of ``columns`` [1, m, c] for latents [b, c, h, w] of this model."""
     network = model.model.diffusion_model
     if layers_of(network):
         return AttentionTap(maps_of(columns))

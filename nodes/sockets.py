@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 Concept = io.Custom("CONCEPT")
 ConceptSet = io.Custom("CONCEPT_SET")
+Features = io.Custom("CONCEPT_FEATURES")
 
 
 def named_concepts() -> io.Autogrow.Input:

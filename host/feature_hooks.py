@@ -1,0 +1,141 @@
+"""Forward hooks that pick features out of one pass and end it as soon as nothing more is needed.
+
+Hooks lie on the user's modules only inside ``captured`` and are gone after it, whatever happened in it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ..carriers.errors import CarrierMismatch
+from .attention import layer_of
+from .feature_places import (
+    ATTENTION,
+    ROLES,
+    Want,
+    attentions,
+    blocks_of,
+    layers_with_attention,
+    massive_channels,
+    network_of,
+)
+
+
+class _Enough(BaseException):
+    """Ends a pass; no Exception, so that nothing on the way takes it for an error."""
+
+
+class Captured:
+    """What one pass gave: ``found`` maps a name to [b, c, h, w], fp32."""
+
+    def __init__(self, names: set[str]):
+        self.pending, self.found = set(names), {}
+
+    def put(self, name: str, value: torch.Tensor | None) -> None:
+        """Keeps a copy; ends the pass after the last one. None marks a place that is passed and keeps nothing."""
+        if name not in self.pending:
+            return
+        self.pending.remove(name)
+        if value is not None:
+            self.found[name] = value.detach().to(torch.float32, copy=True)
+        if not self.pending:
+            raise _Enough
+
+
+@contextlib.contextmanager
+def captured(model, wants: list[Want], size: tuple[int, int]) -> Iterator[Captured]:
+    """Runs its body, one call of a loaded MODEL with latents of ``size`` (rows, columns), until all is seen.
+
+    Q, K, V are those before the split into heads; of DiTs the picture's, after the norm of Q and K, before RoPE. Maps
+    of words are not kept here (attention.py), only waited for.
+    Raises: CarrierMismatch when the pass ended without them.
+    """
+    names = {w.name if not w.name.startswith(ATTENTION) else ATTENTION for w in wants}
+    seen, unet = Captured(names), hasattr(network_of(model), "input_blocks")
+    blocks, layers = blocks_of(model), layers_with_attention(model)
+    zeroed = massive_channels(model)
+    to_map = _of_layer(size) if unet else _of_tokens(size, int(network_of(model).patch_size))
+    with contextlib.ExitStack() as stack:
+
+        def hook(part: torch.nn.Module, run: Callable, before: bool = False) -> None:
+            add = part.register_forward_pre_hook if before else part.register_forward_hook
+            stack.callback(add(run, with_kwargs=True).remove)
+
+        for want in wants:
+            if want.name == "dift" and unet:
+                hook(blocks[want.place], lambda _m, _a, _k, out: seen.put("dift", out))
+            elif want.name == "dift":
+                hook(
+                    blocks[want.place],
+                    lambda block, args, kwargs: seen.put("dift", to_map(_modulated(block, args, kwargs, zeroed))),
+                    before=True,
+                )
+            elif want.name in ROLES:
+                part, read = _reader(layers[want.place], want.name)
+                hook(part, lambda _m, args, _k, out, n=want.name, read=read: seen.put(n, to_map(read(args, out))))
+        if ATTENTION in names:
+            looks = attentions(network_of(model), "attn2") if unet else blocks
+            last = list(looks.values())[-1]
+            hook(last, lambda _m, _a, _k, _out: seen.put(ATTENTION, None))
+        try:
+            yield seen
+        except _Enough:
+            pass
+    if seen.pending:
+        raise CarrierMismatch(
+            f"The model never came to {', '.join(sorted(n.strip() for n in seen.pending))}: another node replaces that "
+            "part of it. Connect the model as it is before that node."
+        )
+
+
+def _of_layer(size: tuple[int, int]) -> Callable:
+    """Tokens [b, n, c] of a UNet's layer -> [b, c, h, w]."""
+
+    def to_map(tokens):
+        layer = layer_of("", 0, size, tokens.shape[1])
+        if layer is None:
+            raise CarrierMismatch(
+                f"A self-attention with {tokens.shape[1]} cells is no halving of a latent of {size[0]} x {size[1]}; "
+                "another node changes its size."
+            )
+        return tokens.mT.unflatten(-1, (layer.height, layer.width))
+
+    return to_map
+
+
+def _of_tokens(size: tuple[int, int], patch: int) -> Callable:
+    """Tokens [b, n, c] of a DiT, the picture's last -> [b, c, h, w]."""
+    rows, columns = (-(-side // patch) for side in size)
+    return lambda tokens: tokens[:, -rows * columns :].mT.unflatten(-1, (rows, columns))
+
+
+def _reader(layer: torch.nn.Module, role: str) -> tuple[torch.nn.Module, Callable]:
+    """The module that gives a layer's Q, K or V, and what of its (arguments, output) that is, as [b, n, c]."""
+    number = ROLES.index(role)
+    if hasattr(layer, "to_q"):  # UNet
+        return getattr(layer, ("to_q", "to_k", "to_v")[number]), lambda args, out: out
+    if hasattr(layer, "x_block"):  # SD3
+        attention = layer.x_block.attn
+        if role == "value":
+            return attention.qkv, lambda args, out: out.chunk(3, -1)[2]
+        return getattr(attention, f"ln_{role[0]}"), lambda args, out: out.flatten(2)
+    norm = layer.img_attn.norm if hasattr(layer, "img_attn") else layer.norm  # Flux: [b, heads, n, d]
+    return norm, lambda args, out: (*out, args[2])[number].transpose(1, 2).flatten(2)
+
+
+def _modulated(block: torch.nn.Module, args: tuple, kwargs: dict, zeroed: tuple[int, ...]) -> torch.Tensor:
+    """The picture's tokens [b, n, c] as they enter a DiT block: channels zeroed, normalised, scaled and shifted
+    (DiTF, arXiv 2503.18584)."""
+    if hasattr(block, "x_block"):
+        x = args[1]
+        shift, scale = block.x_block.adaLN_modulation(kwargs["c"])[:, None].split(x.shape[-1], -1)[:2]
+    else:
+        x = kwargs["img"] if "img" in kwargs else args[0]
+        own = block.img_mod if hasattr(block, "img_mod") else block.modulation
+        modulation, _ = own(kwargs["vec"])
+        shift, scale = modulation.shift, modulation.scale
+    x = x.to(torch.float32, copy=True)
+    x[..., list(zeroed)] = 0
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.float()) + shift.float()

@@ -1,0 +1,158 @@
+"""Features out of forward passes: all that is asked of one latent, timestep and noise comes out of one pass."""
+
+import comfy.model_management
+import torch
+import torch.nn.functional as F
+
+from ..carriers.concept import Concept
+from ..carriers.features import Features
+from ..kernels.draws import generator
+from .attention import Layer
+from .denoise import Denoiser, sigmas_at
+from .feature_hooks import captured
+from .feature_places import ATTENTION, Want, checked, preset
+from .learn import fingerprint
+from .positions import columns_of
+from .progress import Progress
+from .show import prompted, tap_of
+
+ROWS = 8
+"""Most latents per pass."""
+
+
+def sigma_at(denoiser: Denoiser, timestep: float) -> torch.Tensor:
+    """Noise level [1] of a training timestep 0..999; of flow models timestep / 1000, whatever their shift."""
+    if denoiser.space == "flow":
+        return torch.tensor([min(timestep, 1000) / 1000], dtype=torch.float32)
+    return sigmas_at(denoiser.sampling, torch.tensor([min((timestep + 0.5) / 1000, 1)], dtype=torch.float64))
+
+
+def extract(
+    model,
+    clip,
+    latents: torch.Tensor,
+    wants: list[Want],
+    text: str = "",
+    concepts: list[Concept] = (),
+    seed: int = 0,
+    pixels: tuple[int, int] | None = None,
+) -> Features:
+    """Features of VAE latents [pictures, c, h, w]; wants of one timestep, noise and ensemble share their passes.
+
+    The n-th noise is the same for every picture, so a picture's features do not depend on its neighbours. A clean
+    picture reaches the network unscaled. ``pixels``: height and width of the pictures, else those of the latent format.
+    Raises: ValueError as ``checked`` and ``columns_of`` do; CarrierMismatch; the host's interrupt.
+    """
+    checked(model, wants)
+    concepts, groups = list(concepts), {}
+    for want in dict.fromkeys(wants):
+        count = want.ensemble if want.noise else 1
+        groups.setdefault((want.timestep, want.noise, count), []).append(want)
+    words = [w.name.removeprefix(ATTENTION) for w in wants if w.name.startswith(ATTENTION)]
+    columns = columns_of(model, clip, text, concepts, words) if words else None
+    entry, change = prompted(clip, text, concepts, columns)
+    size = _rows_per_pass(model, latents.shape)
+    comfy.model_management.load_models_gpu([model], memory_required=model.memory_required([size, *latents.shape[1:]]))
+    work = [
+        (key, part)
+        for key in groups
+        for part in torch.cartesian_prod(torch.arange(len(latents)), torch.arange(key[2])).view(-1, 2).split(size)
+    ]
+    maps, progress = {}, Progress(len(work))
+    with torch.no_grad():
+        d = Denoiser(model)
+        clean = d.clean(latents)
+        for done, ((timestep, noisy, count), part) in enumerate(work):
+            wanted = groups[timestep, noisy, count]
+            mine = [w.name for w in wanted if w.name.startswith(ATTENTION)]
+            x, sigma = _input(d, clean, part, timestep, noisy, seed)
+            tap = (
+                tap_of(model, columns[..., [words.index(n.removeprefix(ATTENTION)) for n in mine]], x) if mine else None
+            )
+            with captured(model, wanted, x.shape[-2:]) as seen:
+                d(x, sigma, [entry] * len(x), lambda o, tap=tap: tap.change(change(o)) if tap else change(o))
+            found = dict(seen.found)
+            if tap:
+                found |= dict(zip(mine, mean_map(tap.take()).split(1, 1), strict=True))
+            for name, value in found.items():
+                value = value.float().cpu()
+                whole = maps.setdefault(name, torch.zeros(len(latents), *value.shape[1:]))
+                whole.index_add_(0, part[:, 0], value / count)
+            progress.show(done + 1)
+    info = {
+        "architecture": type(model.model.model_config).__name__,
+        "base": fingerprint(model),
+        "prompt": text,
+        "seed": seed,
+        "passes": len(work),
+        "sources": {
+            w.name: {"layer": w.place, "timestep": w.timestep, "noise": w.noise, "ensemble": key[2], "note": w.note}
+            for key, group in groups.items()
+            for w in group
+        },
+    }
+    scale = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
+    height, width = pixels or [side * scale for side in latents.shape[-2:]]
+    return Features({w.name: maps[w.name] for w in wants}, int(height), int(width), info)
+
+
+def _rows_per_pass(model, shape: tuple[int, ...]) -> int:
+    """Latents that fit into memory together, ``ROWS`` at most."""
+    free = comfy.model_management.get_free_memory(model.load_device)
+    return next((n for n in range(ROWS, 1, -1) if model.memory_required([n, *shape[1:]]) < 0.8 * free), 1)
+
+
+def _input(d: Denoiser, clean: torch.Tensor, part: torch.Tensor, timestep: float, noisy: bool, seed: int) -> tuple:
+    """Latents [b, c, h, w] and noise levels [b] for rows (picture, number of the noise) [b, 2]."""
+    x = clean[part[:, 0].to(clean.device)]
+    sigma = sigma_at(d, timestep).expand(len(x)).to(d.device)
+    if not noisy:  # the host divides by this before the network sees it
+        return x / d.sampling.calculate_input(sigma, torch.ones_like(x)), sigma
+    noise = {int(n): torch.randn(clean.shape[1:], generator=generator(seed, int(n), "features")) for n in part[:, 1]}
+    return d.noised(x, torch.stack([noise[int(n)] for n in part[:, 1]]).to(d.device), sigma), sigma
+
+
+def mean_map(records: dict[Layer, torch.Tensor]) -> torch.Tensor:
+    """Maps per layer [b, n, c] -> their mean [b, c, h, w] on the largest grid, smaller ones interpolated."""
+    largest = max(records, key=lambda layer: layer.height * layer.width)
+    size = (largest.height, largest.width)
+    parts = [s.float().mT.unflatten(-1, (layer.height, layer.width)) for layer, s in records.items()]
+    return torch.stack([F.interpolate(p, size, mode="bilinear") for p in parts]).mean(0)
+
+
+def extracted(
+    model, clip, text, concepts, name: str, words: str, seed: int, image=None, vae=None, latent=None, **by_hand
+) -> tuple[Features, str]:
+    """Features and a report, for a node. ``words``: separated by commas; ``by_hand``: arguments of ``preset``.
+
+    Raises: ValueError when there is no picture; as ``extract`` does.
+    """
+    wanted = list(dict.fromkeys(w.strip() for w in words.split(",") if w.strip()))
+    wants, pixels = preset(model, name, wanted, **by_hand), None
+    if image is not None and vae is not None:
+        multiple = int(vae.spacial_compression_encode())
+        pixels = [side // multiple * multiple for side in image.shape[1:3]]
+        latents = vae.encode(image[:, : pixels[0], : pixels[1], :3])
+    elif latent is not None:
+        latents = latent["samples"]
+    else:
+        raise ValueError("There is no picture to look at; connect image and vae, or latent.")
+    features = extract(model, clip, latents, wants, text, concepts, seed, pixels)
+    return features, report(features)
+
+
+def report(features: Features) -> str:
+    """What was extracted from where, in a few lines."""
+    info = features.info
+    lines = [
+        f"{len(next(iter(features.maps.values())))} pictures of {features.width} x {features.height}, {info['passes']} "
+        f"passes of {info['architecture']}"
+    ]
+    for name, value in features.maps.items():
+        source = info["sources"][name]
+        how = f"mean of {source['ensemble']} noises" if source["noise"] else "no noise"
+        lines.append(
+            f"{name}: {value.shape[1]} channels on {value.shape[3]} x {value.shape[2]} cells, {source['layer']} "
+            f"({source['note']}), timestep {source['timestep']:g}, {how}"
+        )
+    return "\n".join(lines)

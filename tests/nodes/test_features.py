@@ -1,0 +1,56 @@
+"""Extract and show features in a real server, on the toy world with stock nodes around it."""
+
+import numpy as np
+
+EXTRACT = {"timestep": -1, "block": "", "layer": "", "ensemble": 2, "add_noise": "auto", "seed": 0}
+
+
+def graph(**changes) -> dict:
+    return {
+        "toy": {"class_type": "ConceptLoadToyWorld", "inputs": {}},
+        "pictures": {
+            "class_type": "ConceptLoadToyReferences",
+            "inputs": {"subject": "cross-mug", "count": 3, "seed": 0},
+        },
+        "encode": {"class_type": "VAEEncode", "inputs": {"pixels": ["pictures", 0], "vae": ["toy", 2]}},
+        "extract": {
+            "class_type": "ConceptExtractFeatures",
+            "inputs": {"model": ["toy", 0], "clip": ["toy", 1], "text": "a photo of a mug", "preset": "DIFT + PDM"}
+            | {"words": "mug", "image": ["pictures", 0], "vae": ["toy", 2], **EXTRACT, **changes},
+        },
+        "again": {
+            "class_type": "ConceptExtractFeatures",
+            "inputs": {"model": ["toy", 0], "clip": ["toy", 1], "text": "a photo of a mug", "preset": "DIFT"}
+            | {"words": "", "latent": ["encode", 0], **EXTRACT},
+        },
+        "show": {
+            "class_type": "ConceptShowFeatures",
+            "inputs": {"features": ["extract", 0], "kind": "dift", "second_features": ["again", 0]}
+            | {"mask": ["pictures", 1], "second_mask": ["pictures", 1]},
+        },
+        "look": {"class_type": "PreviewImage", "inputs": {"images": ["show", 0]}},
+    }
+
+
+def test_pictures_and_latents_give_the_same_colours(client):
+    result = client.queue(graph())
+    assert result["status"] == "success", result["error"]
+    report = result["outputs"]["extract"]["text"][0]
+    for line in (
+        "3 pictures of 128 x 128, 2 passes",
+        "dift: 128 channels",
+        "query: 64 channels",
+        "attention mug: 1 ch",
+    ):
+        assert line in report
+    images = [np.asarray(client.image(i)).astype(int) for i in result["outputs"]["look"]["images"]]
+    assert len(images) == 6 and images[0].shape == (128, 128, 3) and images[0].std() > 10
+    for first, second in zip(images[:3], images[3:], strict=True):
+        assert abs(first - second).max() <= 2
+    assert abs(images[0] - images[1]).max() > 50
+
+
+def test_a_wrong_block_lists_those_there_are(client):
+    result = client.queue(graph(block="output_blocks.5"))
+    assert result["status"] == "error"
+    assert "output_blocks.0, output_blocks.1, output_blocks.2, output_blocks.3" in result["error"]["exception_message"]
