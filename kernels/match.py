@@ -54,8 +54,9 @@ def match(
 def refine(pairs: Pairs, a: torch.Tensor, b_grid: torch.Tensor) -> torch.Tensor:
     """Where between the cells the second points of pairs lie: the peak of a quadratic through 3 x 3 cosines.
 
-    a [n, c] as given to ``match``, b_grid [c, h, w]. The quadratic is fitted by least squares; a cell on the border has
-    no offset across it, and no point moves further than half a cell.
+    a [n, c] as given to ``match``, b_grid [c, h, w]. The quadratic goes through the cell and its four neighbours, and
+    the corners give its mixed term: on smooth fields nearer the peak than least squares over all nine. A cell on the
+    border has no offset across it, and no point moves further than half a cell.
     Returns: (y, x) [k, 2] fp32 in cells, whole numbers being cell centres.
     """
     c, h, w = b_grid.shape
@@ -67,13 +68,13 @@ def refine(pairs: Pairs, a: torch.Tensor, b_grid: torch.Tensor) -> torch.Tensor:
         around = flat[rows[:, :, None] * w + columns[:, None]].float()
         f = F.cosine_similarity(around, a[first].float()[:, None, None], dim=-1, eps=near.TINY)
         inside = torch.stack([(y > 0) & (y < h - 1), (x > 0) & (x < w - 1)], 1)
-        gy, gx = ((f.sum(axis)[:, 2] - f.sum(axis)[:, 0]) / 6 for axis in (2, 1))
-        yy, xx = ((f.sum(axis)[:, 2] - 2 * f.sum(axis)[:, 1] + f.sum(axis)[:, 0]) / 3 for axis in (2, 1))
+        lines = torch.stack([f[:, :, 1], f[:, 1, :]], 1)
+        slope, bend = (lines[..., 2] - lines[..., 0]) / 2, lines[..., 2] - 2 * lines[..., 1] + lines[..., 0]
+        (gy, gx), (yy, xx) = slope.unbind(1), bend.unbind(1)
         xy = (f[:, 2, 2] - f[:, 2, 0] - f[:, 0, 2] + f[:, 0, 0]) / 4
         area = yy * xx - xy * xy
         whole = inside.all(1) & (area > 0) & (yy < 0)
         together = torch.stack([xy * gx - xx * gy, xy * gy - yy * gx], 1) / torch.where(whole, area, 1)[:, None]
-        slope, bend = torch.stack([gy, gx], 1), torch.stack([yy, xx], 1)
         # Where there is no peak in two dimensions, each axis is followed on its own.
         alone = torch.where(inside & (bend < 0), -slope / torch.where(bend < 0, bend, -1), 0)
         offset = torch.where(whole[:, None], together, alone).clamp(-0.5, 0.5)
@@ -133,7 +134,7 @@ def transfer(
     one = near.Cells(b_grid.flatten(1).T, None, "second")
     two = near.Cells(a_grid.flatten(1).T, None, "first")
     labels, votes = mask.flatten().to(one.scale.device, torch.float32), []
-    rows = max(1, near.BLOCK // two.count // 4)
+    rows = max(1, min(near.BLOCK // 4 // two.count, near.STRIP // len(a_grid)))
     page = torch.empty(min(rows, one.count), two.count, device=labels.device)
     for part in one.parts(rows):
         cosines, cells = near.page_of(one, two, part, page[: part.stop - part.start]).topk(min(nearest, two.count))
