@@ -115,7 +115,8 @@ class Search:
         most = min(BLOCK // self.width, STRIP // one.x.shape[1], n + GROUP - 1)
         self.rows = max(1, most // GROUP) * GROUP
         self.table = None
-        # Sums of c products of unit vectors in fp32 are within c 2^-24 of the cosine, twice that where sums truncate.
+        # Sums of c products of unit vectors in fp32 are within c 2^-24 of the cosine, twice that where sums truncate;
+        # 8 more are for the roundings of lengths, floors and scores.
         self.error, self.rounding = (one.x.shape[1] + 8) * 2.0**-23, 0.0
         if _bf16_is_fast(device):
             self._round()
@@ -142,7 +143,8 @@ class Search:
 
         With e >= |approximate before rounding - cosine| and unit roundoff u (2^-8 in bf16, whose results are rounded
         too), cosines of approximate values p and q < p differ in the same direction if p - q > 2 (e + u |p|) / (1 - u).
-        By Cauchy and Schwarz e = |a - a'| + |b - b'| + |a - a'| |b - b'| + c 2^-23 for unit vectors rounded to a', b'.
+        By Cauchy and Schwarz e = |a - a'| + |b - b'| + |a - a'| |b - b'| + (c + 8) 2^-23 for unit vectors rounded to
+        a' and b'.
         """
         return top - 2 * (self.error + self.rounding * top.abs()) / (1 - self.rounding)
 

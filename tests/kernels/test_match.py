@@ -21,9 +21,10 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def field(y, x, channels=96, seed=0, finest=0.6):
-    """Features [..., channels] that vary smoothly with the place."""
+def field(y, x, channels=96, seed=0, finest=0.6, slant=0.0):
+    """Features [..., channels] that vary smoothly with the place, with ``slant`` along one diagonal above all."""
     waves = finest * drawn(2, channels, seed=seed)
+    waves[1] += slant * waves[0]
     phases = 6.3 * torch.rand(channels, generator=torch.Generator().manual_seed(seed))
     return (y[..., None] * waves[0] + x[..., None] * waves[1] + phases).cos()
 
@@ -98,13 +99,14 @@ def test_near_ties_are_scored_again(products, monkeypatch, mutual):
     assert close and not sure
 
 
+@pytest.mark.parametrize("mutual", [True, False])
 @pytest.mark.parametrize("finest", [0.05, 1e-3])
-def test_smooth_features_are_matched_in_double_precision(products, monkeypatch, finest):
+def test_smooth_features_are_matched_in_double_precision(products, monkeypatch, finest, mutual):
     monkeypatch.setattr(near, "BLOCK", 1 << 15)
     monkeypatch.setattr(near, "STRIP", 1 << 13)
     sure = spied(monkeypatch, "_sure")
     a, b = (grid_of(20, 24, shift, shift, finest=finest).flatten(1).T for shift in (0, 0.3))
-    same(match(a, b), whole(a, b))
+    same(match(a, b, mutual=mutual), whole(a, b, mutual))
     assert bool(sure) == (products or finest < 0.01)
 
 
@@ -131,6 +133,16 @@ def test_the_bound_of_a_block_holds(products, n, m, c):
         assert ((found - exact).abs() <= search.error + search.rounding * found.abs()).all()
         assert search.error < 0.02
         assert (search.page[part.stop - part.start :] == -2).all() and (search.page[:, m:] == -2).all()
+
+
+def test_the_worst_errors_within_the_bound_stay_candidates(products):
+    a, b = both(100, 100, 64)
+    search = near.Search(near.Cells(a, None, "first"), near.Cells(b, None, "second"), True)
+    cosine = torch.linspace(-1, 1, 4001)
+    error = search.error - 8 * 2**-23  # which is for the roundings of lengths, sums like these, and scores
+    over, under = ((cosine + e).to(search.page.dtype).float() for e in (error, -error))
+    assert (under >= search._floor(over)).all()
+    assert (search._floor(over) > over - 4 * search.error - 6 * search.rounding * over.abs()).all()
 
 
 @pytest.mark.parametrize("stretch", [1.0, 4.0])
@@ -251,10 +263,11 @@ def test_what_cannot_be_matched_is_said(given, words):
         match(**{"a": drawn(4, 8), "b": drawn(4, 8)} | given)
 
 
+@pytest.mark.parametrize("slant", [0.0, 0.8])
 @pytest.mark.parametrize("down, right", [(0.3, -0.2), (-0.45, 0.1), (0.0, 0.0), (0.25, 0.4)])
-def test_refine_finds_the_part_of_a_cell(down, right):
+def test_refine_finds_the_part_of_a_cell(down, right, slant):
     h, w = 12, 17
-    b, a = (grid_of(h, w, *by, channels=1280, finest=0.3) for by in ((0, 0), (down, right)))
+    b, a = (grid_of(h, w, *by, channels=1280, finest=0.3, slant=slant) for by in ((0, 0), (down, right)))
     a = a.flatten(1).T
     cells = torch.arange(h * w).view(h, w)
     inner = cells[1:-1, 1:-1].flatten()
