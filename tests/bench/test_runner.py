@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from concepts.bench import arms, fidelity, kv, prism, runner, stage2
+from concepts.bench import arms, fidelity, kv, match_vs_kornia, prism, runner, stage2
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,25 @@ def test_attention_is_counted_where_the_object_is():
     left[:, 0] = 1
     inside, total = kv.shares({layers[0]: left.view(16, 1)}, mask)
     assert inside == pytest.approx(total) == pytest.approx(0.25)
+
+
+def test_matchers_must_agree(monkeypatch):
+    monkeypatch.setattr(match_vs_kornia, "CHANNELS", 64)
+    products = []
+    case = match_vs_kornia.measured(9, 2, products)
+    assert set(case["sides"]) == {"kornia", "plain", "ours"} and case["pairs"] > 70 and len(products) == 3
+    found = match_vs_kornia.summary(case)
+    assert found["ours"]["times ours"] == (1.0, 1.0, 1.0) and found["ours"]["best"] <= found["ours"]["median"]
+    monkeypatch.setattr(match_vs_kornia, "MOST", 0)
+    assert "kornia" not in match_vs_kornia.measured(9, 1, products)["sides"]
+    monkeypatch.setattr(match_vs_kornia, "ours", lambda a, b: match_vs_kornia.plain(a, b)[1:])
+    with pytest.raises(AssertionError, match="found other pairs at 9x9"):
+        match_vs_kornia.measured(9, 1, products)
+
+
+def test_memory_is_sampled_above_the_start():
+    with match_vs_kornia.Sampled() as memory:
+        held = torch.ones(16 << 20)
+        match_vs_kornia.time.sleep(0.05)
+    assert 60 < memory.megabytes < 80
+    del held
