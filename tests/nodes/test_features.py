@@ -54,3 +54,30 @@ def test_a_wrong_block_lists_those_there_are(client):
     result = client.queue(graph(block="output_blocks.5"))
     assert result["status"] == "error"
     assert "output_blocks.0, output_blocks.1, output_blocks.2, output_blocks.3" in result["error"]["exception_message"]
+
+
+def test_the_object_is_found_in_other_pictures(client):
+    made = graph()
+    del made["show"], made["look"], made["again"]
+    same = {"first": ["extract", 0], "second": ["extract", 0], "kind": "dift"}
+    options = {"mutual": False, "minimum_score": -1.0, "best": 0, "finer": True, "shown": 20}
+    made["match"] = {
+        "class_type": "ConceptMatchFeatures",
+        "inputs": {**same, **options, "first_picture": 0, "second_picture": 1, "first_mask": ["pictures", 1]}
+        | {"first_image": ["pictures", 0], "second_image": ["pictures", 0]},
+    }
+    made["move"] = {"class_type": "ConceptTransferMask", "inputs": {**same, "mask": ["pictures", 1]}}
+    made["seen"] = {"class_type": "MaskToImage", "inputs": {"mask": ["move", 0]}}
+    made["truth"] = {"class_type": "MaskToImage", "inputs": {"mask": ["pictures", 1]}}
+    for name, source in (("lines", "match"), ("found", "seen"), ("wanted", "truth")):
+        made[name] = {"class_type": "PreviewImage", "inputs": {"images": [source, 0]}}
+    result = client.queue(made)
+    assert result["status"] == "success", result["error"]
+    assert "pairs, cosine" in result["outputs"]["match"]["text"][0]
+    assert client.image(result["outputs"]["lines"]["images"][0]).size == (128 + 12 + 128, 128)
+    found, wanted = (
+        [np.asarray(client.image(i).convert("L")) / 255 for i in result["outputs"][k]["images"]]
+        for k in ("found", "wanted")
+    )
+    for one, two in zip(found, wanted, strict=True):  # grounds that the first picture lacks vote for anything
+        assert one[two > 0.5].mean() > 0.7 and one[two > 0.5].mean() > one[two <= 0.5].mean() + 0.2

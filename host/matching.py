@@ -1,0 +1,139 @@
+"""Features of two pictures as matches and masks in pixels, and pictures of them."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from ..carriers.errors import CarrierMismatch
+from ..carriers.features import Features
+from ..kernels import match as kernel
+from .overlays import HOT
+from .pictures import batch
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Points of two pictures that belong together, best first."""
+
+    first: torch.Tensor
+    """[k, 2] x and y in pixels of the first picture."""
+    second: torch.Tensor
+    score: torch.Tensor
+    """Cosine [k]."""
+    first_size: tuple[int, int]
+    """Height and width in pixels."""
+    second_size: tuple[int, int]
+
+    def json(self) -> str:
+        """A list of [x, y, x, y, cosine], best first."""
+        rows = torch.cat([self.first, self.second, self.score[:, None]], 1).tolist()
+        return json.dumps([[round(v, 3) for v in row] for row in rows])
+
+
+def grid_of(features: Features, name: str, picture: int) -> torch.Tensor:
+    """One map [c, h, w]. Raises: ValueError when there is no such picture; CarrierError listing the maps."""
+    maps = features.map(name)
+    if not 0 <= picture < len(maps):
+        raise ValueError(f"There is no picture {picture}; the features are of {len(maps)}, counted from 0.")
+    return maps[picture]
+
+
+def both(first: Features, second: Features, name: str, one: int, two: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maps of both pictures. Raises: CarrierMismatch when they cannot be compared."""
+    a, b = grid_of(first, name, one), grid_of(second, name, two)
+    if len(a) != len(b):
+        raise CarrierMismatch(
+            f"{name} has {len(a)} channels in the first features and {len(b)} in the second; extract both with the "
+            "same model, block and layer."
+        )
+    return a, b
+
+
+def covered(mask: torch.Tensor | None, like: torch.Tensor, which: str) -> torch.Tensor | None:
+    """Cells [h * w] of the grid ``like`` [c, h, w] that a MASK [1 or n, H, W] covers by half.
+
+    Raises: ValueError when it covers none.
+    """
+    if mask is None:
+        return None
+    one = mask[0] if mask.ndim == 3 else mask
+    cells = F.interpolate(one[None, None].float(), like.shape[-2:], mode="area").flatten() > 0.5
+    if not bool(cells.any()):
+        raise ValueError(
+            f"The {which} mask covers no cell of the {like.shape[-2]} x {like.shape[-1]} grid by half; paint more, or "
+            "extract features on a finer grid."
+        )
+    return cells
+
+
+def points(y: torch.Tensor, x: torch.Tensor, grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Centres of cells as [k, 2] x and y in pixels of a picture of ``size``."""
+    height, width = grid.shape[-2:]
+    return torch.stack([(x + 0.5) * size[1] / width, (y + 0.5) * size[0] / height], 1)
+
+
+def matches(first, second, name, pictures=(0, 0), masks=(None, None), *, mutual, minimum, best, finer) -> Matches:
+    """Cells of two pictures that belong together.
+
+    ``pictures``: which of either; ``masks``: MASKs or None; ``finer``: parts of a cell in the second picture.
+    Raises: ValueError when nothing is left, and as ``both`` and ``covered`` do.
+    """
+    a, b = both(first, second, name, *pictures)
+    inside = [covered(m, g, w) for m, g, w in zip(masks, (a, b), ("first", "second"), strict=True)]
+    flat = [g.flatten(1).T for g in (a, b)]
+    found = kernel.match(*flat, mutual=mutual, minimum=minimum, best=best, first_mask=inside[0], second_mask=inside[1])
+    if not len(found.first):
+        raise ValueError(f"No pair has a cosine of {minimum:g} or more; lower minimum_score or mutual.")
+    y, x = (found.second // b.shape[2]).float(), (found.second % b.shape[2]).float()
+    if finer:
+        y, x = kernel.refine(found, flat[0], b).unbind(1)
+    sizes = ((first.height, first.width), (second.height, second.width))
+    own = points((found.first // a.shape[2]).float(), (found.first % a.shape[2]).float(), a, sizes[0])
+    return Matches(own, points(y, x, b, sizes[1]), found.score, *sizes)
+
+
+def joined(
+    found: Matches, one: torch.Tensor | None, two: torch.Tensor | None, shown: int, gap: int = 12
+) -> torch.Tensor:
+    """IMAGE [1, H, W, 3]: both pictures side by side, the best ``shown`` matches as lines, coloured by score.
+
+    one, two: [h, w, 3] of any size, or None for grey; they are drawn as large as the features say.
+    """
+    sides = [_picture(p, size) for p, size in ((one, found.first_size), (two, found.second_size))]
+    height, left = max(s.height for s in sides), sides[0].width + gap
+    page = Image.new("RGB", (left + sides[1].width, height), (250, 250, 250))
+    page.paste(sides[0], (0, 0))
+    page.paste(sides[1], (left, 0))
+    draw = ImageDraw.Draw(page)
+    low, high = (float(found.score[:shown].min()), float(found.score[:shown].max()))
+    for a, b, score in reversed(list(zip(found.first[:shown], found.second[:shown], found.score[:shown], strict=True))):
+        place = (float(score) - low) / (high - low or 1) * (len(HOT) - 1)
+        part = min(int(place), len(HOT) - 2)
+        colour = tuple(int(255 * v) for v in torch.lerp(HOT[part], HOT[part + 1], place - part))
+        ends = [(float(a[0]), float(a[1])), (float(b[0]) + left, float(b[1]))]
+        draw.line(ends, fill=colour, width=1)
+        for x, y in ends:
+            draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
+    return batch([page])
+
+
+def _picture(picture: torch.Tensor | None, size: tuple[int, int]) -> Image.Image:
+    if picture is None:
+        return Image.new("RGB", size[::-1], (128, 128, 128))
+    array = (picture[..., :3].float().cpu().clamp(0, 1) * 255).round().byte().numpy()
+    return Image.fromarray(array).resize((size[1], size[0]), Image.BILINEAR)
+
+
+def transferred(first, second, name, mask: torch.Tensor) -> torch.Tensor:
+    """MASK [n, H, W] of the second features' pictures: where the first picture's ``mask`` is in each of them."""
+    found = []
+    for number in range(len(second.map(name))):
+        a, b = both(first, second, name, 0, number)
+        own = F.interpolate(mask[:1, None].float(), a.shape[-2:], mode="area")[0, 0]
+        soft = kernel.transfer(own, a, b)
+        size = (second.height, second.width)
+        found.append(F.interpolate(soft[None, None], size, mode="bilinear", align_corners=False)[0, 0])
+    return torch.stack(found).clamp(0, 1)

@@ -1,0 +1,111 @@
+"""The same parts in two pictures."""
+
+from comfy_api.latest import io
+
+from ..host import matching
+from .sockets import Features
+
+
+def sources() -> list:
+    """Both features, and which of their maps."""
+    return [
+        Features.Input("first", tooltip="Features of the picture that is matched or masked."),
+        Features.Input("second", tooltip="Features of the other picture, extracted in the same way."),
+        io.String.Input(
+            "kind",
+            default="dift",
+            tooltip="Which map: dift, query, key, value, or: attention and a word of the prompt.",
+        ),
+    ]
+
+
+class MatchFeatures(io.ComfyNode):
+    """DIFT's nearest neighbours (arXiv 2306.03881)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptMatchFeatures",
+            display_name="Match Features",
+            category="concepts/match",
+            description="Finds the cells of two pictures that show the same part, by the cosine of their features.",
+            search_aliases=["dift", "correspondence", "keypoints", "nearest neighbour", "same part"],
+            inputs=[
+                *sources(),
+                io.Int.Input("first_picture", default=0, min=0, max=4095, tooltip="Which of the first, from 0."),
+                io.Int.Input("second_picture", default=0, min=0, max=4095, tooltip="Which of the second, from 0."),
+                io.Boolean.Input(
+                    "mutual",
+                    default=True,
+                    tooltip="Only pairs that are each other's nearest. Off: the nearest of every cell, as in DIFT.",
+                ),
+                io.Float.Input(
+                    "minimum_score", default=-1.0, min=-1.0, max=1.0, step=0.01, tooltip="Smallest cosine of a pair."
+                ),
+                io.Int.Input("best", default=0, min=0, max=1000000, tooltip="How many to keep, best first; 0: all."),
+                io.Boolean.Input(
+                    "finer", default=True, tooltip="Places the second picture's points between its cells."
+                ),
+                io.Int.Input("shown", default=40, min=1, max=1000, tooltip="Most lines in the picture."),
+                io.Mask.Input("first_mask", optional=True, tooltip="Only points of this area of the first picture."),
+                io.Mask.Input("second_mask", optional=True, tooltip="Only points of this area of the second picture."),
+                io.Image.Input("first_image", optional=True, tooltip="Drawn on the left; grey without it."),
+                io.Image.Input("second_image", optional=True, tooltip="Drawn on the right; grey without it."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="picture", tooltip="Lines between both pictures, red for the best score."),
+                io.Float.Output(display_name="score", tooltip="Mean cosine of all pairs that were kept."),
+                io.String.Output(display_name="points", tooltip="JSON list of pairs: x, y, x, y in pixels and cosine."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        first,
+        second,
+        kind,
+        first_picture,
+        second_picture,
+        shown,
+        first_mask=None,
+        second_mask=None,
+        first_image=None,
+        second_image=None,
+        **how,
+    ) -> io.NodeOutput:
+        which = (first_picture, second_picture)
+        how["minimum"] = how.pop("minimum_score")
+        found = matching.matches(first, second, kind.strip(), which, (first_mask, second_mask), **how)
+        images = [
+            None if given is None else given[min(n, len(given) - 1)]
+            for given, n in zip((first_image, second_image), which, strict=True)
+        ]
+        text = f"{len(found.score)} pairs, cosine {found.score[0]:.3f} to {found.score[-1]:.3f}"
+        picture = matching.joined(found, *images, shown)
+        return io.NodeOutput(picture, float(found.score.mean()), found.json(), ui={"text": (text,)})
+
+
+class TransferMask(io.ComfyNode):
+    """Label propagation by features, as DIFT uses it for video."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptTransferMask",
+            display_name="Transfer Mask",
+            category="concepts/match",
+            description="Finds where the masked part of one picture is in other pictures, by their features.",
+            search_aliases=["segment by reference", "mask propagation", "dift", "warp mask", "same object"],
+            inputs=[*sources(), io.Mask.Input("mask", tooltip="The part, in the first picture of the first features.")],
+            outputs=[
+                io.Mask.Output(display_name="mask", tooltip="One per picture of the second features, from 0 to 1.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, first, second, kind, mask) -> io.NodeOutput:
+        return io.NodeOutput(matching.transferred(first, second, kind.strip(), mask))
+
+
+NODES = [MatchFeatures, TransferMask]

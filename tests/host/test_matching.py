@@ -1,0 +1,77 @@
+"""Matches and masks in pixels, from features whose cells are known."""
+
+import json
+
+import pytest
+import torch
+
+from concepts.carriers.errors import CarrierError, CarrierMismatch
+from concepts.carriers.features import Features
+
+pytestmark = pytest.mark.usefixtures("host")
+HOW = {"mutual": True, "minimum": -1.0, "best": 0, "finer": False}
+
+
+@pytest.fixture
+def moved():
+    """Random features, and the same two cells further to the right; cells of 8 x 4 pixels."""
+    grid = torch.randn(1, 16, 6, 10, generator=torch.Generator().manual_seed(0))
+    return Features({"dift": grid}, 24, 80), Features({"dift": grid.roll(2, -1)}, 24, 80)
+
+
+def test_points_are_centres_of_cells_in_pixels(moved):
+    from concepts.host.matching import matches
+
+    found = matches(*moved, "dift", **HOW)
+    assert len(found.score) == 60 and torch.allclose(found.score, torch.ones(60), atol=1e-5)
+    x, y = found.first.unbind(1)
+    assert x.min() == 4 and x.max() == 76 and y.min() == 2 and y.max() == 22
+    assert torch.equal(found.second[:, 0], (x + 16) % 80) and torch.equal(found.second[:, 1], y)
+    assert json.loads(found.json())[0][:2] == found.first[0].tolist()
+
+
+def test_masks_restrict_and_too_small_ones_are_refused(moved):
+    from concepts.host.matching import matches
+
+    mask = torch.zeros(1, 24, 80)
+    mask[:, :, 40:48] = 1
+    found = matches(*moved, "dift", masks=(mask, None), **HOW)
+    assert len(found.score) == 6 and set(found.first[:, 0].tolist()) == {44.0}
+    mask.zero_()[:, 0, 0] = 1
+    with pytest.raises(ValueError, match="second mask covers no cell"):
+        matches(*moved, "dift", masks=(None, mask), **HOW)
+
+
+def test_a_mask_goes_where_its_part_went(moved):
+    from concepts.host.matching import transferred
+
+    mask = torch.zeros(1, 24, 80)
+    mask[:, 8:16, 16:32] = 1
+    found = transferred(*moved, "dift", mask)
+    assert found.shape == (1, 24, 80)
+    inside = found[0, 8:16, 32:48].mean()
+    assert inside > 0.7 and found[0, 8:16, 56:].mean() < 0.3
+
+
+def test_what_cannot_be_compared_says_why(moved):
+    from concepts.host.matching import matches
+
+    first, second = moved
+    with pytest.raises(CarrierError, match="dift"):
+        matches(first, second, "query", **HOW)
+    with pytest.raises(ValueError, match="no picture 3"):
+        matches(first, second, "dift", (0, 3), **HOW)
+    with pytest.raises(CarrierMismatch, match="16 channels in the first features and 8"):
+        matches(first, Features({"dift": torch.randn(1, 8, 6, 10)}, 24, 80), "dift", **HOW)
+    with pytest.raises(ValueError, match="lower minimum_score"):
+        matches(first, Features({"dift": -second.maps["dift"]}, 24, 80), "dift", **HOW | {"minimum": 0.99})
+
+
+def test_the_picture_holds_both_and_lines_between_them(moved):
+    from concepts.host.matching import joined, matches
+
+    found = matches(*moved, "dift", **HOW)
+    plain = joined(found, None, None, 1)
+    assert plain.shape == (1, 24, 80 + 12 + 80, 3)
+    gap = plain[0, :, 81:91]
+    assert (gap < 0.9).any() and (joined(found, torch.ones(9, 9, 3), None, 1)[0, :, :80] > 0.9).any()
