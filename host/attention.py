@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..carriers.errors import CarrierMismatch
 from ..kernels.attention import attend, attention_columns
@@ -117,9 +118,10 @@ class AttentionTap:
 
 
 class JointTap:
-    """Looks at the picture's view of the text in models that attend to both at once; for passes without gradient.
+    """Looks at the picture's view of the text in models that attend to both at once.
 
-    ``columns`` [1, text, c]; ``size``: rows and columns of the picture's tokens. Records maps [b, n, c].
+    ``columns`` [1 or b, text, c]; ``size``: rows and columns of the picture's tokens. Records maps [b, n, c], whose
+    gradients lead to queries and keys. Recomputing blocks in the backward pass records nothing.
     """
 
     def __init__(self, columns: torch.Tensor, size: tuple[int, int]):
@@ -137,14 +139,14 @@ class JointTap:
 
     def change(self, options: dict) -> dict:
         """``transformer_options`` of the call that is looked at."""
-        self.records = {}
+        self.records = records = {}
         text, pixels = self.columns.shape[1], self.size[0] * self.size[1]
 
         def override(run, q, k, v, heads, mask, kwargs):
             split = kwargs.get("skip_reshape", False)
-            if q.shape[2 if split else 1] == text + pixels:
+            if self.records is records and q.shape[2 if split else 1] == text + pixels:
                 flat = [x.transpose(1, 2).flatten(2) if split else x for x in (q, k)]
-                columns = torch.cat([self.columns, self.columns.new_zeros(1, pixels, self.columns.shape[2])], 1)
+                columns = F.pad(self.columns, (0, 0, 0, pixels))
                 here = kwargs.get("transformer_options") or {}
                 kind, number = here.get("block_type", "joint"), len(self.records)
                 layer = Layer(f"{kind}.{here.get('block_index', number)}", number, 2, *self.size)
@@ -170,11 +172,16 @@ def _overridden(options: dict, override: Callable) -> dict:
     return {**options, "optimized_attention_override": replaced}
 
 
-def maps_of(columns: torch.Tensor) -> Callable:
+def maps_of(columns: torch.Tensor, follow_queries: bool = False) -> Callable:
     """A ``look`` that records columns [1 or b, m, c] of the maps, [b, n, c], out of the attention's own softmax."""
 
     def look(q, k, v, heads, reference):
         own = columns.to(q.device)
-        return attend(q, k, v, heads, own.repeat(1, k.shape[1] // own.shape[1], 1))
+        return attend(q, k, v, heads, own.repeat(1, k.shape[1] // own.shape[1], 1), follow_queries)
 
     return look
+
+
+def both(change: Callable | None, tap: AttentionTap | JointTap) -> Callable:
+    """A change of ``transformer_options``, if any, and then the tap's."""
+    return lambda options: tap.change(change(options) if change else options)

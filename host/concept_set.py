@@ -71,7 +71,7 @@ def _captions(texts: list[str], count: int, template: str) -> list[tuple[str, ..
     return [(t,) for t in (texts if len(texts) == count else texts * count)]
 
 
-def _fitted(picture: torch.Tensor, resolution: int, multiple: int) -> torch.Tensor:
+def fitted(picture: torch.Tensor, resolution: int, multiple: int) -> torch.Tensor:
     """[c, h, w] resized to about resolution^2 pixels (0: as it is) and centre-cropped to a multiple."""
     height, width = picture.shape[1:]
     scale = resolution / (height * width) ** 0.5 if resolution else 1.0
@@ -118,7 +118,7 @@ def make_set(
         if cover is not None and cover.shape != picture.shape[1:]:
             cover = F.interpolate(cover[None, None], picture.shape[1:], mode="bilinear")[0, 0]
         stack = picture if cover is None else torch.cat([picture, cover[None].to(picture)])
-        stack = _fitted(stack, resolution, multiple)
+        stack = fitted(stack, resolution, multiple)
         for flip in (False, True) if mirror else (False,):
             view = stack.flip(-1) if flip else stack
             latent = vae.encode(view[:3].movedim(0, -1)[None].contiguous())[0].float().cpu()

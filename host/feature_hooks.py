@@ -28,32 +28,33 @@ class _Enough(BaseException):
 
 
 class Captured:
-    """What one pass gave: ``found`` maps a name to [b, c, h, w], fp32."""
+    """What one pass gave: ``found`` maps a name to [b, c, h, w], fp32; with ``graph`` as it is, for gradients."""
 
-    def __init__(self, names: set[str]):
-        self.pending, self.found = set(names), {}
+    def __init__(self, names: set[str], graph: bool = False):
+        self.pending, self.found, self.graph = set(names), {}, graph
 
     def put(self, name: str, value: torch.Tensor | None) -> None:
-        """Keeps a copy; ends the pass after the last one. None marks a place that is passed and keeps nothing."""
+        """Keeps it; ends a pass without gradient after the last one. None marks a place that keeps nothing."""
         if name not in self.pending:
             return
         self.pending.remove(name)
         if value is not None:
-            self.found[name] = value.detach().to(torch.float32, copy=True)
-        if not self.pending:
+            self.found[name] = value if self.graph else value.detach().to(torch.float32, copy=True)
+        if not self.pending and not self.graph:  # recomputing a block that was left midway would fail
             raise _Enough
 
 
 @contextlib.contextmanager
-def captured(model, wants: list[Want], size: tuple[int, int]) -> Iterator[Captured]:
+def captured(model, wants: list[Want], size: tuple[int, int], graph: bool = False) -> Iterator[Captured]:
     """Runs its body, one call of a loaded MODEL with latents of ``size`` (rows, columns), until all is seen.
 
+    With ``graph`` the pass goes on to its end, and what was seen leads gradients back.
     Q, K, V are those before the split into heads; of DiTs the picture's, after the norm of Q and K, before RoPE. Maps
     of words are not kept here (attention.py), only waited for.
     Raises: CarrierMismatch when the pass ended without them.
     """
     names = {w.name if not w.name.startswith(ATTENTION) else ATTENTION for w in wants}
-    seen, unet = Captured(names), hasattr(network_of(model), "input_blocks")
+    seen, unet = Captured(names, graph), hasattr(network_of(model), "input_blocks")
     blocks, layers = blocks_of(model), layers_with_attention(model)
     zeroed = massive_channels(model)
     to_map = _of_layer(size) if unet else _of_tokens(size, int(network_of(model).patch_size))

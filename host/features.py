@@ -106,10 +106,15 @@ def _input(d: Denoiser, clean: torch.Tensor, part: torch.Tensor, timestep: float
     """Latents [b, c, h, w] and noise levels [b] for rows (picture, number of the noise) [b, 2]."""
     x = clean[part[:, 0].to(clean.device)]
     sigma = sigma_at(d, timestep).expand(len(x)).to(d.device)
-    if not noisy:  # the host divides by this before the network sees it
-        return x / d.sampling.calculate_input(sigma, torch.ones_like(x)), sigma
+    if not noisy:
+        return unscaled(d, x, sigma), sigma
     noise = {int(n): torch.randn(clean.shape[1:], generator=generator(seed, int(n), "features")) for n in part[:, 1]}
     return d.noised(x, torch.stack([noise[int(n)] for n in part[:, 1]]).to(d.device), sigma), sigma
+
+
+def unscaled(d: Denoiser, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """What reaches the network as x: the host scales its input by the noise level, which a clean picture has not."""
+    return x / d.sampling.calculate_input(sigma, torch.ones_like(x))
 
 
 def mean_map(records: dict[Layer, torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..kernels.attention import LOSSES, attention_loss
 from ..kernels.draws import generator
 from ..kernels.fit import Adam
 from ..kernels.stage_mapper import stage_rows, start
-from .attention import AttentionTap, chosen, maps_of
+from .attention import AttentionTap, both, chosen, maps_of
 from .captions import Prompts
 from .denoise import noise_time, sigmas_at
 from .gradients import training
@@ -142,7 +142,7 @@ class KVSession(Session):
 
         def condition(*args):
             entries, change = self.condition(*args)
-            return entries, _both(change, tap)
+            return entries, both(change, tap)
 
         try:
             diffusion = self.diffusion(parameters, pictures, captions, when, draw, condition)
@@ -203,7 +203,7 @@ class KVSession(Session):
                 entries, change = self.condition(self.parameters, [0], [0], sigma)
                 tap = AttentionTap(maps_of(own[None][..., concept]))
                 noised = self.denoiser.noised(clean, noise, sigma)
-                self.denoiser(noised, sigma, entries, _both(change, tap))
+                self.denoiser(noised, sigma, entries, both(change, tap))
                 found.append((f"stage {stage + 1} of {s.stages}", {k: v[0] for k, v in tap.take().items()}))
         return clean, found
 
@@ -213,11 +213,6 @@ class KVSession(Session):
         if not passes:
             return torch.full((1, 1, 1, 3), 0.5)
         return grid(background(self.model.model.latent_format, clean), [f"<{self.settings.name}>"], passes)
-
-
-def _both(change, tap: AttentionTap):
-    """A change of ``transformer_options``, if any, and then the tap's."""
-    return lambda options: tap.change(change(options) if change else options)
 
 
 def _stacked(columns: list[torch.Tensor], length: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from .denoise import noise_time
 from .gradients import ordinary
 from .learn import RunSettings, Session
 from .text import PLACEHOLDER, as_tokens, concept_rows
-from .variants import Grid, layers_of
+from .variants import Grid
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,7 @@ class LoraSession(Session):
             counts[f"r{number}"] = {k: v.shape[-2] for k, v in own.items()}
         self.rows = rows
         self.grid = Grid.of([self.tokens] if self.tokens else [])
-        if self.grid.needs_cross_attention and not layers_of(self.model.model.diffusion_model):
-            raise CarrierMismatch(
-                f"Concept <{self.tokens.name}> has rows per layer or for K and V, and "
-                f"{type(self.model.model).__name__} has no cross-attention layers; use the kind of model it was "
-                "learned on."
-            )
+        self.grid.fits(self.model.model)
         texts = sorted({t for options in self.captions for t in options})
         self.index = {t: i for i, t in enumerate(texts)}
         self.prompts = Prompts(self.clip, texts, "", counts)

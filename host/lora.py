@@ -72,8 +72,8 @@ def start(model, chosen: Mapping[str, str], rank: int, seed: int) -> dict[str, t
 def beside(model, chosen: Mapping[str, str], factors: Callable[[], Mapping[str, torch.Tensor]], scale: float = 1.0):
     """Adds scale * up(down(x)) to the output of each chosen layer while the context is open.
 
-    ``factors`` is asked at every call; layers it does not hold stay as they are. Gradients flow into the factors, and
-    through them into x; the product is taken in the type of x.
+    ``factors`` is asked at every call; layers it does not hold stay as they are, and alpha is the rank where it is
+    missing. Gradients flow into the factors, and through them into x; the product is taken in the type of x.
     """
     modules = dict(model.model.diffusion_model.named_modules())
 
@@ -82,9 +82,10 @@ def beside(model, chosen: Mapping[str, str], factors: Callable[[], Mapping[str, 
             now = factors()
             if name + delta.UP not in now:
                 return None
-            x = args[0]
-            low = F.linear(x, now[name + delta.DOWN].to(x))
-            return out + scale * F.linear(low, now[name + delta.UP].to(x)).to(out.dtype)
+            x, down = args[0], now[name + delta.DOWN]
+            size = scale * float(now[name + delta.ALPHA]) / len(down) if name + delta.ALPHA in now else scale
+            low = F.linear(x, down.to(x))
+            return out + size * F.linear(low, now[name + delta.UP].to(x)).to(out.dtype)
 
         return hook
 
@@ -98,8 +99,8 @@ def beside(model, chosen: Mapping[str, str], factors: Callable[[], Mapping[str, 
             handle.remove()
 
 
-def apply(model, concept: Concept, strength: float):
-    """A clone of MODEL with the delta on it, through the host's weight patches; strength 0 is the model itself.
+def places(model, concept: Concept) -> dict[str, str]:
+    """LoRA name -> module path in ``diffusion_model`` of the layers that a delta changes.
 
     Raises: CarrierMismatch for a concept that is not a delta, or one of another model, naming the first layer.
     """
@@ -109,9 +110,10 @@ def apply(model, concept: Concept, strength: float):
         )
     weights = delta.weights(concept.tensors)
     known = comfy.lora.model_lora_keys_unet(model.model, {})
-    modules = dict(model.model.named_modules())
+    modules, found = dict(model.model.named_modules()), {}
     for layer in delta.layers(weights):
-        module = modules.get(str(known.get(layer)).removesuffix(".weight"))
+        path = str(known.get(layer)).removesuffix(".weight")
+        module, found[layer] = modules.get(path), path.removeprefix("diffusion_model.")
         here = (getattr(module, "out_features", None), getattr(module, "in_features", None))
         wanted = (len(weights[layer + delta.UP]), weights[layer + delta.DOWN].shape[1])
         if here != wanted:
@@ -122,7 +124,17 @@ def apply(model, concept: Concept, strength: float):
                 + (f"{here[0]} x {here[1]} there" if here[0] else "no such layer")
                 + "; connect the model it was learned on."
             )
+    return found
+
+
+def apply(model, concept: Concept, strength: float):
+    """A clone of MODEL with the delta on it, through the host's weight patches; strength 0 is the model itself.
+
+    Raises: CarrierMismatch as ``places`` does.
+    """
+    places(model, concept)
     clone = model.clone()
     if strength:
-        clone.add_patches(comfy.lora.load_lora(weights, known), strength)
+        known = comfy.lora.model_lora_keys_unet(model.model, {})
+        clone.add_patches(comfy.lora.load_lora(delta.weights(concept.tensors), known), strength)
     return clone

@@ -69,9 +69,9 @@ def covered(mask: torch.Tensor | None, like: torch.Tensor, which: str) -> torch.
     return cells
 
 
-def points(y: torch.Tensor, x: torch.Tensor, grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Centres of cells as [k, 2] x and y in pixels of a picture of ``size``."""
-    height, width = grid.shape[-2:]
+def points(y: torch.Tensor, x: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """Centres of cells of a grid (rows, columns) as [k, 2] x and y in pixels of a picture (height, width)."""
+    height, width = grid
     return torch.stack([(x + 0.5) * size[1] / width, (y + 0.5) * size[0] / height], 1)
 
 
@@ -91,8 +91,8 @@ def matches(first, second, name, pictures=(0, 0), masks=(None, None), *, mutual,
     if finer:
         y, x = kernel.refine(found, flat[0], b).unbind(1)
     sizes = ((first.height, first.width), (second.height, second.width))
-    own = points((found.first // a.shape[2]).float(), (found.first % a.shape[2]).float(), a, sizes[0])
-    return Matches(own, points(y, x, b, sizes[1]), found.score, *sizes)
+    own = points((found.first // a.shape[2]).float(), (found.first % a.shape[2]).float(), a.shape[1:], sizes[0])
+    return Matches(own, points(y, x, b.shape[1:], sizes[1]), found.score, *sizes)
 
 
 def joined(

@@ -92,10 +92,10 @@ def look(
 
 
 def tap_of(model, columns: torch.Tensor, latent: torch.Tensor) -> AttentionTap | JointTap:
-    """What records the maps of ``columns`` [1, m, c] for latents [b, c, h, w] of this model."""
+    """What records the maps of ``columns`` [1 or b, m, c] for latents [b, c, h, w] of this model, differentiably."""
     network = model.model.diffusion_model
     if layers_of(network):
-        return AttentionTap(maps_of(columns))
+        return AttentionTap(maps_of(columns, follow_queries=True))
     patch = int(network.patch_size)
     return JointTap(columns, tuple(-(-side // patch) for side in latent.shape[-2:]))
 

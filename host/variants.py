@@ -88,6 +88,14 @@ class Grid:
         """Whether layers, or K and V, differ."""
         return bool((self.index != self.index[:, :1, :1]).any())
 
+    def fits(self, model) -> None:
+        """Raises: CarrierMismatch when layers, or K and V, differ and the host's model has no cross-attention."""
+        if self.needs_cross_attention and not layers_of(model.diffusion_model):
+            raise CarrierMismatch(
+                f"The prompt holds a concept with its own rows per layer or for K and V, and {type(model).__name__} "
+                "has no cross-attention layers; use it on the kind of model it was learned on."
+            )
+
     def layer(self, name: str) -> int:
         """Number of a layer. Raises: CarrierMismatch when the concept never learned it."""
         if not self.layers:
@@ -150,13 +158,8 @@ def _wrapper(base: torch.Tensor, table: torch.Tensor, grid: Grid) -> Callable:
             if len(mine):
                 stages = grid.stages(noise_time(executor.class_obj.model_sampling, t))[mine]
                 rows = mine.to(context.device)
+                grid.fits(executor.class_obj)
                 if grid.needs_cross_attention:
-                    if not layers_of(executor.class_obj.diffusion_model):
-                        raise CarrierMismatch(
-                            f"The prompt holds a concept with its own rows per layer or for K and V, and "
-                            f"{type(executor.class_obj).__name__} has no cross-attention layers; use it on the kind of "
-                            "model it was learned on."
-                        )
 
                     def pick(name, key, value):
                         numbers = grid.index[stages, grid.layer(name)].to(variants.device)

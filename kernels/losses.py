@@ -6,6 +6,7 @@ Noised inputs follow the host's convention: x = x0 + sigma n (eps, v, edm) or x 
 import torch
 
 SPACES = ("eps", "v", "edm", "flow", "x0")
+DISTANCES = ("length", "square")
 
 
 def residual(
@@ -41,6 +42,23 @@ def masked_mse(error: torch.Tensor, mask: torch.Tensor | None = None) -> torch.T
     area = mask.flatten(1).sum(1)
     weight = torch.where(area.view(-1, 1, 1, 1) > 0, mask, torch.ones_like(mask))
     return (square.mean(1, keepdim=True) * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+
+
+def pair_distance(first: torch.Tensor, second: torch.Tensor, kind: str = "length") -> torch.Tensor:
+    """How far features of matched points are apart (Per-Query Visual Concept Learning, arXiv 2508.09045).
+
+    first, second [pairs, c]. ``length``: mean over the pairs of the difference's L2 norm, the paper's; ``square``: mean
+    square over pairs and channels, as PDMBooth's code has it. Equal points give no gradient.
+    Returns: scalar. Raises: ValueError for an unknown kind.
+    """
+    if kind not in DISTANCES:
+        raise ValueError(f"Unknown distance {kind!r}; known: {', '.join(DISTANCES)}.")
+    square = (first - second).square()
+    if kind == "square":
+        return square.mean()
+    total = square.sum(-1)
+    away = total > 0
+    return torch.where(away, torch.where(away, total, 1).sqrt(), 0).mean()
 
 
 def exclusion(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from concepts.kernels.draws import LAWS, generator, times
-from concepts.kernels.losses import exclusion, masked_mse, residual
+from concepts.kernels.losses import exclusion, masked_mse, pair_distance, residual
 
 
 def test_draws_depend_on_every_part_and_leave_the_global_generator_alone():
@@ -80,3 +80,23 @@ def test_exclusion_is_the_difference_of_two_predictions(space):
     exclusion(space, sigma, a, b).sum().backward()
     assert b.grad is None
     assert torch.autograd.gradcheck(lambda e: exclusion(space, sigma, e, b), (a,))
+
+
+def test_distance_of_pairs_is_written_out_and_has_its_gradient():
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(7, 5, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    lengths = [sum((x - y) ** 2 for x, y in zip(p, q, strict=True)) ** 0.5 for p, q in zip(a.tolist(), b.tolist(), strict=True)]
+    assert float(pair_distance(a, b)) == pytest.approx(sum(lengths) / 7)
+    assert float(pair_distance(a, b, "square")) == pytest.approx(sum(v * v for v in lengths) / 35)
+    for kind in ("length", "square"):
+        assert torch.autograd.gradcheck(lambda x, y, kind=kind: pair_distance(x, y, kind), (a, b))
+    with pytest.raises(ValueError, match="Unknown distance 'far'; known: length, square"):
+        pair_distance(a, b, "far")
+
+
+def test_equal_points_have_no_distance_and_no_gradient():
+    a = torch.ones(3, 4, requires_grad=True)
+    b = torch.ones(3, 4)
+    b[0, 0] = 3
+    pair_distance(a, b).backward()
+    assert float(a.grad[0, 0]) == pytest.approx(-1 / 3) and not bool(a.grad[1:].any())

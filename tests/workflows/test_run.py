@@ -153,6 +153,34 @@ def test_every_learner_learns_saves_and_draws(client, server, which):
         assert len(result["outputs"][keys(made, "SaveImage")[-1]]["images"]) == 5, "a picture per residual"
 
 
+def test_a_concept_is_refined_for_one_picture(client):
+    """The picture made inside is the KSampler's, and the same prompt and seed give another one afterwards."""
+    made = graph("12_")
+    result = run(client, made)
+    before, after = (pixels(client, result, k) for k in keys(made, "SaveImage"))
+    assert (before != after).any()
+    report = result["outputs"]["4"]["text"][0]
+    assert report.startswith("<cross-mug> for ") and "self attention loss" in report and "after" in report
+    assert result["outputs"]["5"]["images"]
+    made["4"]["inputs"].pop("generated")
+    made["5"]["inputs"]["images"] = ["4", 2]
+    again = run(client, made)
+    assert (pixels(client, again, "5") == before).all()
+    assert (pixels(client, again, keys(made, "SaveImage")[1]) == after).all()
+
+
+def test_a_concept_that_cannot_be_refined_says_why(client):
+    made = graph("12_")
+    made["4"]["inputs"] |= {"minimum_score": 1.0}
+    result = run(client, made)
+    before, after = (pixels(client, result, k) for k in keys(made, "SaveImage"))
+    assert "<cross-mug> is as it was. Only" in result["outputs"]["4"]["text"][0]
+    assert (before == after).all()
+    made["4"]["inputs"] |= {"strict": True}
+    result = client.queue(made)
+    assert result["status"] == "error" and "was not refined" in result["error"]["exception_message"]
+
+
 @pytest.mark.parametrize(
     "file", ["concepts/../../secret", "concepts//etc/passwd", "elsewhere/x.safetensors", "concepts/gone.safetensors"]
 )

@@ -1,0 +1,150 @@
+"""A concept refined for one picture to be made: its prompt, seed and sampler settings in, pictures and a report out."""
+
+from dataclasses import replace
+
+import comfy.sample
+import torch
+
+from ..carriers.concept import Concept
+from . import lora
+from .concept_set import ConceptSet, fitted, make_set
+from .matching import Matches, joined, points
+from .progress import Progress
+from .refine import Refined, RefineSession, RefineSettings, TooFew, refine
+from .text import encode_prompt
+
+SHOWN = 40
+"""Lines in the picture of the matches."""
+
+
+def sampled(
+    model, clip, concept: Concept, text: str, negative, latent: dict, *, seed, steps, cfg, sampler, scheduler, denoise
+) -> torch.Tensor:
+    """The VAE latent [1, c, h, w] that the host's KSampler makes of a prompt with the concept (nodes.py).
+
+    ``negative``: CONDITIONING, or None for the empty prompt. Shows progress. Raises: ValueError for a batch; the host's
+    interrupt.
+    """
+    if len(latent["samples"]) != 1:
+        raise ValueError(
+            f"The latent is a batch of {len(latent['samples'])}, and a concept is refined for one picture; set "
+            "batch_size to 1."
+        )
+    positive = encode_prompt(clip, text, [(concept, 1.0)])
+    if negative is None:
+        negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    if concept.kind == "delta":
+        model = lora.apply(model, concept, 1.0)
+    ratios = {k: latent[k] for k in ("downscale_ratio_spacial", "downscale_ratio_temporal") if k in latent}
+    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
+    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    progress = Progress(steps, model)
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        positive,
+        negative,
+        image,
+        denoise=denoise,
+        noise_mask=latent.get("noise_mask"),
+        callback=lambda step, x0, x, total: progress.show(step + 1, x0),
+        disable_pbar=True,
+        seed=seed,
+    )
+
+
+def data_of(vae, images: torch.Tensor, mask, texts: tuple[str, str], made: torch.Tensor) -> ConceptSet:
+    """References as large as the picture, and behind them the picture ``made`` [1, c, h, w]; what RefineSession takes.
+
+    images [n, h, w, c]; mask: MASK per reference or None; texts: of the references and of the picture.
+    Raises: TooFew for an empty mask; as ``make_set`` does.
+    """
+    if mask is not None and not bool((mask.reshape(-1, *mask.shape[-2:]).flatten(1) > 0).any(1).all()):
+        raise TooFew("A reference's mask is empty; paint the concept, or disconnect mask.")
+    side = round((made.shape[-1] * made.shape[-2]) ** 0.5 * vae.spacial_compression_encode())
+    found = make_set(vae, [images], [] if mask is None else [mask], ["{}"], resolution=side)
+    with torch.inference_mode(False):
+        picture = made[0].detach().float().cpu().clone()
+    captions = ((texts[0],),) * len(found.latents) + ((texts[1],),)
+    return replace(
+        found,
+        latents=(*found.latents, picture),
+        masks=(*found.masks, None),
+        captions=captions,
+        mirrored=(*found.mirrored, False),
+    )
+
+
+def refined(
+    model,
+    clip,
+    vae,
+    concept: Concept,
+    text: str,
+    images: torch.Tensor,
+    latent: dict,
+    settings: RefineSettings,
+    sampling: dict,
+    *,
+    negative=None,
+    mask=None,
+    generated: dict | None = None,
+    reference_text: str = "",
+    checkpointing: str = "auto",
+    strict: bool = False,
+) -> tuple[Concept, torch.Tensor, torch.Tensor, str]:
+    """CONCEPT for this picture; IMAGE of the matches with the first reference; IMAGE of the picture before; a report.
+
+    ``sampling``: the keywords of ``sampled``; ``generated``: the picture as a LATENT, which is then not sampled.
+    Raises: ValueError instead of handing back the concept as it is, when ``strict``; as ``sampled``, ``refine`` and
+    ``data_of`` do.
+    """
+    texts = (reference_text.strip() or f"a photo of <{concept.name}>", text)
+    if generated is not None:
+        made = generated["samples"][:1]
+    else:
+        made = sampled(model, clip, concept, text, negative, latent, **sampling)
+    before = vae.decode(made)
+    try:
+        data = data_of(vae, images, mask, texts, made)
+    except TooFew as error:
+        done = Refined(concept, {}, {}, (), (), str(error))
+    else:
+        done = refine(RefineSession(model, clip, data, settings, concept), checkpointing)
+    if done.reason and strict:
+        raise ValueError(f"Concept <{concept.name}> was not refined. {done.reason}")
+    return done.concept, _matches(done, vae, images, before), before, report(done, text)
+
+
+def _matches(done: Refined, vae, images: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """The pairs of the first reference as lines; without any the picture alone."""
+    if not done.pairs or not len(done.pairs[0].first):
+        return before
+    multiple = int(vae.spacial_compression_encode())
+    side = round((before.shape[1] * before.shape[2]) ** 0.5)
+    first = fitted(images[0].movedim(-1, 0)[:3].float(), side, multiple).movedim(0, -1)
+    ends = []
+    for cells, grid, picture in (
+        (done.pairs[0].first, done.grids[0], first),
+        (done.pairs[0].second, done.grids[-1], before[0]),
+    ):
+        cells = cells.cpu()
+        ends.append(points((cells // grid[1]).float(), (cells % grid[1]).float(), grid, tuple(picture.shape[:2])))
+    sizes = (tuple(first.shape[:2]), tuple(before.shape[1:3]))
+    return joined(Matches(*ends, done.pairs[0].score.cpu(), *sizes), first, before[0], SHOWN)
+
+
+def report(done: Refined, text: str) -> str:
+    """What moved, in a few lines."""
+    if done.reason:
+        return f"<{done.concept.name}> is as it was. {done.reason}"
+    counts = ", ".join(str(len(p.first)) for p in done.pairs) or "no"
+    lines = [f"<{done.concept.name}> for {text!r}: {counts} matched points"]
+    for name, value in done.before.items():
+        after = done.after[name]
+        lines.append(f"{name} loss: {value:.5f} before, {after:.5f} after ({100 * (after / max(value, 1e-12) - 1):+.1f}%)")
+    return "\n".join(lines)

@@ -1,0 +1,298 @@
+"""One gradient step for one prompt and one noise (Per-Query Visual Concept Learning, arXiv 2508.09045).
+
+The picture that a prompt makes is compared with references at points that DIFT (arXiv 2306.03881) matches: in queries
+and keys of the last self-attention (PDM, arXiv 2405.18025), and in every layer's map of the concept's word. The step
+is taken on what was learned, at the rate it was learned with.
+"""
+
+from dataclasses import dataclass, replace
+
+import comfy.model_management
+import torch
+import torch.nn.functional as F
+
+from ..carriers import delta
+from ..carriers.concept import Concept
+from ..carriers.errors import CarrierMismatch
+from ..kernels.draws import generator, times
+from ..kernels.fit import Adam, Diverged, fit
+from ..kernels.losses import DISTANCES, pair_distance
+from ..kernels.match import Pairs, match
+from . import lora
+from .attention import both
+from .captions import Prompts
+from .concept_set import ConceptSet
+from .denoise import noise_time
+from .feature_hooks import captured
+from .feature_places import preset
+from .features import extract, sigma_at, unscaled
+from .gradients import training
+from .learn import RunSettings, Session, memory_of
+from .matching import covered
+from .positions import columns_of
+from .progress import Progress
+from .show import tap_of
+from .text import PLACEHOLDER, as_tokens, concept_rows
+from .variants import Grid
+
+FEWEST = 8
+"""Pairs below which a step would follow chance."""
+TEXTS = ("reference", "picture")
+
+
+class TooFew(ValueError):
+    """There is too little to compare."""
+
+
+@dataclass(frozen=True)
+class RefineSettings(RunSettings):
+    """How a concept is refined; the defaults are the paper's."""
+
+    steps: int = 1
+    self_attention: float = 1.0
+    cross_attention: float = 1.0
+    diffusion: float = 1.0
+    """Weights of the three parts; 0 leaves a part out."""
+    distance: str = "length"
+    timestep: float = -1.0
+    """That the network is told when features are read; below 0 the noisiest one."""
+    noise: bool = False
+    """Whether pictures get the noise of that timestep; the paper feeds them clean."""
+    both_branches: bool = True
+    """Whether the reference's features lead gradients too."""
+    loss_text: str = "reference"
+    """Whose prompt the diffusion loss of the references has; the paper's Eq. 3 writes the picture's."""
+    mutual: bool = False
+    minimum: float = -1.0
+    ensemble: int = 8
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What one refinement gives."""
+
+    concept: Concept
+    before: dict[str, float]
+    """Weighted parts of the loss; empty when nothing was done."""
+    after: dict[str, float]
+    pairs: tuple[Pairs, ...]
+    """Cells of each reference and of the picture, on the grids of the features."""
+    grids: tuple[tuple[int, int], ...]
+    """Rows and columns per reference, and of the picture."""
+    reason: str
+    """Why the concept is as it was; empty when it is refined."""
+
+
+class RefineSession(Session):
+    """A learned concept, references, and behind them the picture that a prompt made.
+
+    ``data``: references of one size and the picture; captions that hold ``<name>``; masks of the references, or None
+    for the word's own map. Raises: CarrierMismatch for a mapper or a concept of another model; ValueError for an
+    unknown setting, and for a text that does not name the concept alone.
+    """
+
+    passes = 2
+
+    def __init__(self, model, clip, data: ConceptSet, settings: RefineSettings, concept: Concept):
+        super().__init__(model, clip, data, settings)
+        if concept.kind == "mapper":
+            raise CarrierMismatch(
+                f"Concept <{concept.name}> is a network that makes its vectors (NeTI), and one step for one prompt is "
+                "for vectors or low-rank weights; learn it with mapper none, or as a LoRA."
+            )
+        for value, known in ((settings.distance, DISTANCES), (settings.loss_text, TEXTS)):
+            if value not in known:
+                raise ValueError(f"Unknown choice {value!r}; known: {', '.join(known)}.")
+        self.kind, self.given, self.tokens, self.last = concept.kind, concept, as_tokens(concept), len(data.latents) - 1
+        self.places = lora.places(model, concept) if concept.kind == "delta" else {}
+        for text in [data.captions[0][0], data.captions[-1][0]]:
+            if set(PLACEHOLDER.findall(text)) != {concept.name}:
+                raise ValueError(f"The text {text!r} must name <{concept.name}> and no other concept; write it so.")
+        at = settings.timestep if settings.timestep >= 0 else None
+        self.wants = preset(model, "PDM", [], timestep=at, noise=settings.noise)
+        self.pairs: tuple[Pairs, ...] = ()
+        self.grids: tuple[tuple[int, int], ...] = ()
+        self.measured: list[dict[str, float]] = []
+
+    # --- what is learned
+
+    def prepare(self):
+        """The concept's own tensors, and both prompts with its rows."""
+        said = [self.data.captions[0][0], self.data.captions[-1][0]]
+        phrase, named = f"<{self.given.name}>", [self.tokens] if self.tokens else []
+        self.rows = concept_rows(self.clip, self.tokens) if self.tokens else {}
+        if not self.tokens:
+            phrase = self.given.info.get("token_text") or self.given.name
+            said = [PLACEHOLDER.sub(phrase, text) for text in said]
+        counts = {"": {k: v.shape[-2] for k, v in self.rows.items()}} if self.tokens else {}
+        self.prompts = Prompts(self.clip, said, "", counts)
+        self.prompts.ready()
+        self.grid = Grid.of(named)
+        self.grid.fits(self.model.model)
+        self.columns = [columns_of(self.model, self.clip, text, named, [phrase]) for text in said]
+        tensors = {k: v for k, v in self.given.tensors.items() if not k.endswith(delta.ALPHA)}
+        if self.places:
+            tensors = {k: v.to(self.model.load_device) for k, v in tensors.items()}
+        return tensors, Adam(self.settings.learning_rate)
+
+    def attached(self):
+        """The factors beside the layers they change; none before they are there."""
+        alphas = {k: v for k, v in self.given.tensors.items() if k.endswith(delta.ALPHA)}
+        return lora.beside(self.model, self.places, lambda: alphas | getattr(self, "parameters", {}))
+
+    def condition(self, parameters, pictures, captions, sigma):
+        """The prompts numbered ``captions`` (``TEXTS``) with the rows of their noise levels."""
+        own = parameters if self.kind == "tokens" else delta.bundled(parameters, self.given.name)
+        rows = {key: own.get(key, plain) for key, plain in self.rows.items()}
+        stages = self.grid.stages(noise_time(self.denoiser.sampling, sigma))
+        return self.prompts.conditions(self.grid, rows, captions, stages)
+
+    def refined(self) -> Concept:
+        """The concept as it stands, for this prompt; it cannot be continued."""
+        s = self.settings
+        facts = {
+            "prompt": self.data.captions[-1][0],
+            "before": self.measured[0],
+            "after": self.measured[-1],
+            "updates": s.steps,
+            "rate": s.learning_rate,
+        }
+        tensors = {**self.given.tensors, **self.parameters}
+        return replace(self.given, tensors=tensors, info={**self.given.info, "refined": facts}, state={})
+
+    # --- what is compared
+
+    def find(self) -> None:
+        """DIFT's features of all pictures, by the model without the concept; call before ``training``."""
+        word = self.given.info.get("init_text")
+        text, self.dift = f"a photo of a {word}" if word else "a photo", []
+        wants = preset(self.model, "DIFT", [], ensemble=self.settings.ensemble)
+        for part in self._branches():
+            latents = torch.stack([self.data.latents[i] for i in part])
+            self.dift += extract(self.model, self.clip, latents, wants, text, seed=self.settings.seed).map("dift")
+
+    def _branches(self) -> tuple[list[int], list[int]]:
+        return list(range(self.last)), [self.last]
+
+    def seen(self, parameters, text: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of the pictures under a prompt (``TEXTS``): queries and keys [c, h, w], and the word's maps [layers, h, w]."""
+        d, s, pictures = self.denoiser, self.settings, self._branches()[text]
+        x = torch.cat([self.clean[i] for i in pictures])
+        sigma = sigma_at(d, self.wants[0].timestep).expand(len(x)).to(d.device)
+        if s.noise:
+            noise = torch.randn(x.shape[1:], generator=generator(s.seed, 0, "features")).to(d.device)
+            x = d.noised(x, noise.expand_as(x), sigma)
+        else:
+            x = unscaled(d, x, sigma)
+        entries, change = self.condition(parameters, pictures, [text] * len(pictures), sigma)
+        columns, rows = self.columns[text], entries[0][0].shape[1]
+        if rows != columns.shape[1]:
+            raise CarrierMismatch(
+                f"The text encoder gave {rows} rows for {columns.shape[1]} tokens; connect the model's own CLIP."
+            )
+        tap = tap_of(self.model, columns, x)
+        with captured(self.model, self.wants, x.shape[-2:], graph=True) as seen:
+            d(x, sigma, entries, both(change, tap))
+        looks = torch.cat([seen.found[w.name].float() for w in self.wants], 1)
+        maps = [m.float().mT.unflatten(-1, (layer.height, layer.width)) for layer, m in tap.take().items()]
+        maps = torch.cat([F.interpolate(m, looks.shape[-2:], mode="bilinear") for m in maps], 1)
+        return list(zip(looks, maps, strict=True))
+
+    def match(self, maps: list[torch.Tensor]) -> None:
+        """Finds the cells of each reference in the picture, on the grid of ``maps`` [layers, h, w].
+
+        Cells of the object count: inside the reference's mask, else where the word's mean map is above half of its
+        maximum; so too in the picture. Raises: TooFew.
+        """
+        s, inside, flat = self.settings, [], []
+        self.grids = tuple(tuple(m.shape[-2:]) for m in maps)
+        for seen, features, mask in zip(maps, self.dift, self.data.masks, strict=True):
+            mean = seen.detach().mean(0).flatten()
+            try:
+                own = covered(mask, seen, "reference")
+            except ValueError as error:
+                raise TooFew(str(error)) from error
+            inside.append(mean > mean.max() / 2 if own is None else own.to(mean.device))
+            grid = F.interpolate(features[None].to(mean.device), seen.shape[-2:], mode="bilinear")[0]
+            flat.append(grid.flatten(1).T)
+        found = []
+        for number in range(self.last):
+            pairs = match(flat[number], flat[-1], mutual=s.mutual, minimum=s.minimum, first_mask=inside[number])
+            found.append(Pairs(*(part[inside[-1][pairs.second]] for part in pairs)))
+        self.pairs, count = tuple(found), sum(len(p.first) for p in found)
+        if count < FEWEST:
+            raise TooFew(
+                f"Only {count} points of the references were found in the picture, fewer than {FEWEST}; lower "
+                "minimum_score, turn mutual off, or connect a mask that covers more."
+            )
+
+    def losses(self, parameters, pictures, captions, when, draw):
+        """The three parts, weighted."""
+        s, found = self.settings, {}
+        if s.self_attention or s.cross_attention:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and s.both_branches):
+                seen = self.seen(parameters, 0)
+            seen += self.seen(parameters, 1)
+            if not self.pairs:
+                self.match([maps for _, maps in seen])
+            weights = {"self attention": s.self_attention, "cross attention": s.cross_attention}
+            for part, (name, weight) in enumerate(weights.items()):
+                flat = [one[part].flatten(1).T for one in seen]
+                apart = [
+                    pair_distance(own[pairs.first], flat[-1][pairs.second], s.distance)
+                    for own, pairs in zip(flat, self.pairs, strict=False)
+                    if len(pairs.first)
+                ]
+                if weight:
+                    found[name] = weight * torch.stack(apart).mean()
+        if s.diffusion:
+            references = self._branches()[0]
+            when = times(len(references), s.time_law, s.time_low, s.time_high, draw)
+            said = [TEXTS.index(s.loss_text)] * len(references)
+            found["diffusion"] = s.diffusion * self.diffusion(parameters, references, said, when, draw)
+        if not found:
+            raise ValueError("All weights are 0, so there is nothing to follow; set one above 0.")
+        self.measured.append({k: float(v.detach()) for k, v in found.items()})
+        return found
+
+    def step_loss(self, parameters, step, micro):
+        # what a part does not reach, such as layers behind the features, stays as it is
+        return super().step_loss(parameters, step, micro) + sum((0 * p).sum() for p in parameters.values())
+
+
+def refine(session: RefineSession, checkpointing: str = "auto") -> Refined:
+    """Runs a session. The given concept stays as it is, whatever happens.
+
+    When there is too little to compare, the result says why and holds the given concept.
+    Raises: Diverged, the host's OOM with advice, the host's interrupt; what RefineSession and ``extract`` raise.
+    """
+    s, management, device = session.settings, comfy.model_management, session.model.load_device
+    progress = Progress(s.steps + 2)
+    memory = memory_of(session.model, session.data, session.passes * max(1, session.last))
+    recompute = checkpointing == "on"
+    if checkpointing == "auto" and not management.is_device_cpu(device):
+        recompute = memory > 0.8 * management.get_free_memory(device)
+    try:
+        session.find()
+        progress.show(1)
+        with training(session.model, session.clip.patcher, checkpointing=recompute, memory=memory), session.attached():
+            session.begin()
+            for step in fit(session.parameters, session.step_loss, session.optimiser, s.steps):
+                progress.show(1 + step.number)
+            with torch.no_grad():
+                session.step_loss(session.parameters, 0, 0)
+            progress.show(2 + s.steps)
+            concept = session.refined()
+    except TooFew as error:
+        return Refined(session.given, {}, {}, session.pairs, session.grids, str(error))
+    except Diverged as error:
+        raise Diverged(
+            f"{error} Concept <{session.given.name}> is as it was; lower the learning rate, or leave out a part of the "
+            "loss."
+        ) from error
+    except management.OOM_EXCEPTION as error:
+        raise type(error)(
+            f"Out of memory while refining <{session.given.name}>: turn checkpointing on, use fewer references, or "
+            "make the picture smaller. The concept is as it was."
+        ) from error
+    return Refined(concept, session.measured[0], session.measured[-1], session.pairs, session.grids, "")

@@ -1,0 +1,265 @@
+"""One step for one prompt: features, pairs, losses and gradient as a plain reading of the paper has them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from concepts.carriers.concept import Concept
+from concepts.carriers.delta import ALPHA, BUNDLE, UP
+from concepts.carriers.errors import CarrierMismatch
+from concepts.host.concept_set import ConceptSet
+
+from .test_features import hooks, states
+from .test_lora import random_delta
+from .test_variants import concept
+from .tiny import FAMILIES, tiny
+
+pytestmark = pytest.mark.usefixtures("host")
+TEXTS = ("a photo of <mug>", "a <mug> on grass, far away")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, host):
+    return tiny(request.param)
+
+
+def settings(**changes):
+    from concepts.host.refine import RefineSettings
+
+    return RefineSettings("mug", learning_rate=1e-2, ensemble=2, **changes)
+
+
+def pictures(made, references=1, mask=None, texts=TEXTS) -> ConceptSet:
+    with torch.inference_mode(False):
+        g = torch.Generator().manual_seed(4)
+        latents = [torch.randn(made.latent.shape, generator=g) for _ in range(references + 1)]
+    captions = ((texts[0],),) * references + ((texts[1],),)
+    return ConceptSet(tuple(latents), (mask,) * references + (None,), captions, (False,) * (references + 1))
+
+
+def session(made, what=None, data=None, **changes):
+    from concepts.host.refine import RefineSession
+
+    what = concept(made) if what is None else what
+    return RefineSession(made.model, made.clip, data or pictures(made), settings(**changes), what)
+
+
+def refine(made, *args, checkpointing="off", **changes):
+    from concepts.host.refine import refine
+
+    with torch.inference_mode():
+        return refine(session(made, *args, **changes), checkpointing)
+
+
+def extracted(made, latent, text, what, words):
+    """Queries, keys and the word's map out of the node's own pass."""
+    from concepts.host.feature_places import preset
+    from concepts.host.features import extract
+
+    with torch.inference_mode():
+        return extract(made.model, made.clip, latent[None], preset(made.model, "PDM", words), text, [what])
+
+
+def test_features_are_those_of_extract(made):
+    from concepts.host.gradients import training
+
+    one = session(made)
+    with torch.inference_mode(), training(made.model, made.clip.patcher):
+        one.begin()
+        seen = [*one.seen(one.parameters, 0), *one.seen(one.parameters, 1)]
+        assert all(part.requires_grad for pair in seen for part in pair)
+    for (looks, maps), latent, text in zip(seen, one.data.latents, TEXTS, strict=True):
+        found = extracted(made, latent, text, one.given, ["<mug>"])
+        assert torch.allclose(looks.detach(), torch.cat([found.map("query")[0], found.map("key")[0]]), atol=1e-4)
+        mean = F.interpolate(found.map("attention <mug>"), looks.shape[-2:], mode="bilinear")[0, 0]
+        assert torch.allclose(maps.detach().mean(0), mean, atol=2e-3)
+
+
+def test_losses_and_pairs_are_the_papers(made):
+    """The picture's nearest cell of every cell of the reference's object, and norms of differences there."""
+    from concepts.host.gradients import training
+
+    one = session(made)
+    with torch.inference_mode():
+        one.find()
+        with training(made.model, made.clip.patcher):
+            one.begin()
+            with torch.no_grad():
+                found = one.losses(one.parameters, [0], [0], None, torch.Generator().manual_seed(0))
+                (looks, maps), (other, others) = *one.seen(one.parameters, 0), *one.seen(one.parameters, 1)
+    dift = [F.interpolate(d[None], looks.shape[-2:], mode="bilinear")[0].flatten(1).double() for d in one.dift]
+    cosine = F.normalize(dift[0], dim=0).T @ F.normalize(dift[1], dim=0)
+    inside = [m.mean(0).flatten() > m.mean(0).max() / 2 for m in (maps, others)]
+    expected = {(a, int(cosine[a].argmax())) for a in inside[0].nonzero()[:, 0].tolist()}
+    expected = {(a, b) for a, b in expected if inside[1][b]}
+    (pairs,) = one.pairs
+    assert set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == expected and len(expected) >= 8
+    for name, first, second in (("self attention", looks, other), ("cross attention", maps, others)):
+        lengths = [(first.flatten(1)[:, a] - second.flatten(1)[:, b]).norm() for a, b in expected]
+        assert float(found[name]) == pytest.approx(float(torch.stack(lengths).mean()), rel=1e-4)
+    assert set(found) == {"self attention", "cross attention", "diffusion"}
+
+
+def test_the_step_goes_down_by_the_rate(made):
+    """A fresh Adam moves every number that has a gradient by the rate; the model and the concept stay."""
+    before, what = states(made), concept(made)
+    kept = {k: v.clone() for k, v in what.tensors.items()}
+    done = refine(made, what)
+    assert not done.reason and set(done.before) == set(done.after) and len(done.pairs[0].first) >= 8
+    moved = {k: (done.concept.tensors[k] - v).abs() for k, v in kept.items()}
+    assert any(float(m.max()) == pytest.approx(1e-2, rel=1e-3) for m in moved.values())
+    assert all(float(m.max()) < 1.01e-2 for m in moved.values())
+    assert all(torch.equal(what.tensors[k], v) for k, v in kept.items())
+    assert all(torch.equal(v, before[k]) for k, v in states(made).items()) and hooks(made) == 0
+    assert done.concept.name == "mug" and not done.concept.state
+    assert done.concept.info["refined"]["prompt"] == TEXTS[1]
+
+
+@pytest.mark.parametrize("parts", [{"cross_attention": 0, "diffusion": 0}, {"self_attention": 0, "diffusion": 0}, {}])
+def test_gradients_are_those_of_differences(host, parts):
+    """Central differences of the loss along the gradient, in every part; with recomputed blocks the same."""
+    from concepts.host.gradients import training
+
+    made, slopes = tiny("sd15"), []
+    for checkpointing in (False, True):
+        one = session(made, **parts)
+        with torch.inference_mode():
+            one.find()
+            with training(made.model, made.clip.patcher, checkpointing=checkpointing):
+                one.begin()
+                rows = {k: v.requires_grad_(True) for k, v in one.parameters.items()}
+                one.step_loss(rows, 0, 0).backward()
+                slope = {k: v.grad.clone() for k, v in rows.items()}
+                slopes.append(slope["clip_l"])
+                if checkpointing:
+                    continue
+                length = slope["clip_l"].norm()
+                step = 2e-3 * slope["clip_l"] / length
+                with torch.no_grad():
+                    high, low = (float(one.step_loss({"clip_l": rows["clip_l"] + s * step}, 0, 0)) for s in (1, -1))
+                assert (high - low) / 4e-3 == pytest.approx(float(length), rel=0.03)
+    assert torch.allclose(*slopes, rtol=1e-4, atol=1e-7)
+
+
+def test_rows_per_stage_layer_and_role(host):
+    made = tiny("sd15")
+    what = concept(made, stages=2, layers=2, roles=2)
+    done = refine(made, what, diffusion=0.0)
+    moved = (done.concept.tensors["clip_l"] - what.tensors["clip_l"]).abs().amax((-1, -2))
+    assert bool((moved[1] > 0).all())  # features are read where noise is highest
+    assert not bool(moved[0].any())
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_a_lora_and_the_rows_in_it(host, family):
+    made = tiny(family)
+    rows = concept(made)
+    what = random_delta(made.model)
+    tensors = {k: v / 2 if k.endswith(ALPHA) else v for k, v in what.tensors.items()}  # a scale of its own
+    tensors |= {f"{BUNDLE}mug.{k}": v for k, v in rows.tensors.items()}
+    what = Concept("mug", "delta", tensors, {"init_text": "mug"})
+    done = refine(made, what)
+    assert not done.reason
+    moved = {k for k, v in done.concept.tensors.items() if not torch.equal(v, tensors[k])}
+    assert any(k.startswith(BUNDLE) for k in moved) and any(k.endswith(UP) for k in moved)
+    assert not any(k.endswith(ALPHA) for k in moved)
+    assert hooks(made) == 0
+
+
+def test_a_lora_is_seen_as_the_host_applies_it(host):
+    from concepts.host import lora
+    from concepts.host.gradients import training
+
+    made = tiny("sd15")
+    what = random_delta(made.model)
+    what = replace(what, info={"token_text": "sks mug"}, tensors={**what.tensors})
+    what = replace(what, tensors={k: v / 2 if k.endswith(ALPHA) else v for k, v in what.tensors.items()})
+    one = session(made, what)
+    with torch.inference_mode(), training(made.model, made.clip.patcher), one.attached():
+        one.begin()
+        with torch.no_grad():
+            beside = one.seen(one.parameters, 1)[0][0]
+    patched = replace(made, model=lora.apply(made.model, what, 1.0))
+    found = extracted(patched, one.data.latents[1], "a sks mug on grass, far away", concept(made), ["sks mug"])
+    assert torch.allclose(beside, torch.cat([found.map("query")[0], found.map("key")[0]]), atol=1e-4)
+
+
+def test_what_cannot_be_compared_comes_back_as_it_is(host):
+    made = tiny("sd15")
+    what = concept(made)
+    done = refine(made, what, minimum=1.0)
+    assert done.concept is what and "Only 0 points" in done.reason and "minimum_score" in done.reason
+    empty = torch.zeros(1, *made.latent.shape[-2:])
+    done = refine(made, what, pictures(made, mask=empty))
+    assert done.concept is what and "covers no cell" in done.reason
+
+
+def test_a_mask_restricts_the_reference(host):
+    made = tiny("sd15")
+    mask = torch.zeros(1, *made.latent.shape[-2:])
+    mask[:, 2:6, 1:5] = 1
+    done = refine(made, None, pictures(made, references=2, mask=mask))
+    rows, columns = done.grids[0]
+    side = made.latent.shape[-1] // columns
+    assert len(done.pairs) == 2
+    for pairs in done.pairs:
+        y, x = pairs.first // columns * side, pairs.first % columns * side
+        assert bool(((y >= 2) & (y < 6) & (x >= 1) & (x < 5)).all())
+
+
+def test_options_change_what_they_say(host):
+    made = tiny("sd15")
+    base = refine(made)
+    for changes in (
+        {"both_branches": False},
+        {"timestep": 400.0},
+        {"noise": True},
+        {"distance": "square"},
+        {"loss_text": "picture"},
+    ):
+        other = refine(made, **changes)
+        assert not other.reason and not torch.equal(other.concept.tensors["clip_l"], base.concept.tensors["clip_l"])
+    assert refine(made, seed=3).before["diffusion"] != base.before["diffusion"]
+    assert torch.equal(refine(made).concept.tensors["clip_l"], base.concept.tensors["clip_l"])
+    assert set(refine(made, self_attention=0.0, cross_attention=0.0).before) == {"diffusion"}
+
+
+def test_an_interrupt_leaves_model_and_concept(host, monkeypatch):
+    from comfy.model_management import InterruptProcessingException
+    from concepts.host import refine as module
+
+    made, before = tiny("sd15"), None
+    what, before = concept(made), states(made)
+
+    def pressed(self, done, latent=None):
+        if done >= 2:
+            raise InterruptProcessingException
+
+    monkeypatch.setattr(module.Progress, "show", pressed)
+    with pytest.raises(InterruptProcessingException):
+        refine(made, what)
+    assert all(torch.equal(v, before[k]) for k, v in states(made).items()) and hooks(made) == 0
+
+
+def test_numbers_that_are_not_finite_are_named(host, monkeypatch):
+    from concepts.host import refine as module
+    from concepts.kernels.fit import Diverged
+
+    made = tiny("sd15")
+    monkeypatch.setattr(module, "pair_distance", lambda *_: torch.tensor(torch.nan, requires_grad=True))
+    with pytest.raises(Diverged, match="is as it was; lower the learning rate"):
+        refine(made)
+
+
+def test_what_does_not_fit_is_refused(host):
+    made = tiny("sd15")
+    with pytest.raises(ValueError, match="must name <mug> and no other"):
+        session(made, data=pictures(made, texts=("a photo of <mug>", "a <mug> and a <cup>")))
+    with pytest.raises(ValueError, match="Unknown choice 'far'; known: length, square"):
+        session(made, distance="far")
+    with pytest.raises(ValueError, match="All weights are 0"):
+        refine(made, self_attention=0.0, cross_attention=0.0, diffusion=0.0)
+    with pytest.raises(CarrierMismatch, match="no such layer|x"):
+        session(made, random_delta(tiny("flux").model))
