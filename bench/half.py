@@ -89,6 +89,27 @@ def model_of(state: dict | None, dtype: torch.dtype = torch.float32):
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
+def autoencoder(vae):
+    """The host's VAE with diffusers' weights."""
+    import comfy.sd
+
+    ddconfig = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 64,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    return comfy.sd.VAE(
+        sd=dict(vae.state_dict()), dtype=torch.float32, config={"params": {"ddconfig": ddconfig, "embed_dim": 4}}
+    )
+
+
 def parts(unet, vae, text, dtype: torch.dtype = torch.float32):
     """(MODEL, CLIP, concept set of the five pictures); call after ``toy.host()``."""
     import comfy.sd
@@ -106,22 +127,7 @@ def parts(unet, vae, text, dtype: torch.dtype = torch.float32):
             {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in text.state_dict().items()},
             strict=False,
         )
-        ddconfig = {
-            "double_z": True,
-            "z_channels": 4,
-            "resolution": 256,
-            "in_channels": 3,
-            "out_ch": 3,
-            "ch": 64,
-            "ch_mult": [1, 2, 4, 4],
-            "num_res_blocks": 2,
-            "attn_resolutions": [],
-            "dropout": 0.0,
-        }
-        autoencoder = comfy.sd.VAE(
-            sd=dict(vae.state_dict()), dtype=torch.float32, config={"params": {"ddconfig": ddconfig, "embed_dim": 4}}
-        )
-        return model, clip, make_set(autoencoder, [pictures()], [], ["a photo of {}"])
+        return model, clip, make_set(autoencoder(vae), [pictures()], [], ["a photo of {}"])
 
 
 def clocked(session) -> tuple[object, list[float], Peak]:
