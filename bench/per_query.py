@@ -76,8 +76,8 @@ def before(name: str, seed: int, kind: str):
 
     parts, concept = arms.parts(), learned(name, seed, kind)
     texts = [world.reference_caption(s, "<novel>") for s in scenes_of(name)]
-    size = (PROMPTS, 4, 16, 16)
-    noise = torch.randn(size, generator=torch.Generator().manual_seed(1000 * (seed + 1)))
+    channels = parts[0].model.latent_format.latent_channels
+    noise = torch.randn(PROMPTS, channels, 16, 16, generator=torch.Generator().manual_seed(1000 * (seed + 1)))
     with torch.inference_mode():
         model = lora.apply(parts[0], concept, 1.0) if kind == "LoRA" else parts[0]
     return noise, draw(parts, model, [concept] * PROMPTS, texts, noise)
