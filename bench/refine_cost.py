@@ -98,7 +98,6 @@ def main(options, rest) -> int:
     load, products = os.getloadavg()[0], [reference()]
     modules = half.peers()
     toy.host()
-    import comfy.sd
 
     with torch.inference_mode():
         parts, vae = half.parts(*modules)[:2], half.autoencoder(modules[1])

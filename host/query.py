@@ -146,5 +146,7 @@ def report(done: Refined, text: str) -> str:
     lines = [f"<{done.concept.name}> for {text!r}: {counts} matched points"]
     for name, value in done.before.items():
         after = done.after[name]
-        lines.append(f"{name} loss: {value:.5f} before, {after:.5f} after ({100 * (after / max(value, 1e-12) - 1):+.1f}%)")
+        lines.append(
+            f"{name} loss: {value:.5f} before, {after:.5f} after ({100 * (after / max(value, 1e-12) - 1):+.1f}%)"
+        )
     return "\n".join(lines)

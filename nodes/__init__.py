@@ -6,21 +6,7 @@ from ..host import folders
 
 folders.register()  # loaders list its files when the modules below define their schemas
 
-from . import (  # noqa: E402
-    attention,
-    concept_set,
-    features,
-    files,
-    kv,
-    learn,
-    lora,
-    matching,
-    mix,
-    prompt,
-    refine,
-    residual,
-    toy,
-)
+from . import attention, concept_set, features, files, kv, learn, lora, matching, mix, prompt, refine, residual, toy  # noqa: E402
 
 MODULES = [toy, concept_set, learn, residual, kv, lora, refine, prompt, mix, attention, features, matching, files]
 

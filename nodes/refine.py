@@ -152,7 +152,9 @@ class RefineConcept(io.ComfyNode):
             ],
             outputs=[
                 Concept.Output(display_name="concept", tooltip="For this prompt, seed and sampler."),
-                io.Image.Output(display_name="matches", tooltip="Matched points of the first reference and the picture."),
+                io.Image.Output(
+                    display_name="matches", tooltip="Matched points of the first reference and the picture."
+                ),
                 io.Image.Output(display_name="before", tooltip="The picture with the concept as it was."),
                 io.String.Output(display_name="report", tooltip="Points, and each part of the loss before and after."),
             ],
