@@ -3,7 +3,8 @@
 Every concept is learned as one vector and as a DreamBooth LoRA. Twenty prompts each are drawn, refined against one
 reference with its mask, and drawn again from the same noise: with the diffusion loss alone, with self-attention, with
 cross-attention, with both, and with both at other timesteps of the features. The judge compares with eight references
-that were not learned from. Rows are kept in results/per_query.jsonl. ``nox -s bench -- per_query [SEEDS] [CONCEPT ...]``
+that were not learned from. Rows are kept in results/per_query.jsonl.
+``nox -s bench -- per_query [SEEDS] [CONCEPT ...]``
 """
 
 import functools
@@ -41,7 +42,7 @@ def scenes_of(name: str) -> list[world.Scene]:
 
 
 def draw(parts, model, concepts: list, texts: list[str], noise: torch.Tensor) -> torch.Tensor:
-    """Latents of prompts, each with its concept, from the rows of ``noise``; the fixed settings of the stock sampler."""
+    """Latents of prompts, each with its concept, from the rows of ``noise``, by the stock sampler's code."""
     import comfy.sample
 
     with torch.inference_mode():

@@ -1,6 +1,6 @@
 """One refinement in units of a forward pass of the UNet, against the same losses out of separate passes.
 
-Half-width SD1.5 configuration, random weights, 256 px, fp32, one reference, the sampled picture given, ensemble 8 and 1.
+Half-width SD1.5 configuration, random weights, 256 px, fp32, one reference, the picture given, ensemble 8 and 1.
 ``separate``: the order of the published codes: DIFT encodes the picture anew for every noise and runs each noise alone
 up to its block; reference, picture and loss each have a pass of their own, from an encoding of their own. Both take the
 same gradient, which is checked. Without what the node adds for its report, the loss after the step.

@@ -175,7 +175,7 @@ class RefineSession(Session):
         return list(range(self.last)), [self.last]
 
     def seen(self, parameters, text: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of the pictures under a prompt (``TEXTS``): queries and keys [c, h, w], and the word's maps [layers, h, w]."""
+        """Queries and keys [c, h, w] and the word's maps [layers, h, w] of the pictures under a prompt (``TEXTS``)."""
         d, s, pictures = self.denoiser, self.settings, self._branches()[text]
         x = torch.cat([self.clean[i] for i in pictures])
         sigma = sigma_at(d, self.wants[0].timestep).expand(len(x)).to(d.device)
