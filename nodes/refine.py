@@ -1,9 +1,8 @@
 """A concept refined for one picture to be made."""
 
-import comfy.samplers
 from comfy_api.latest import io
 
-from ..host.query import refined
+from ..host.query import SAMPLERS, SCHEDULERS, refined
 from ..host.refine import TEXTS, RefineSettings
 from ..kernels.losses import DISTANCES
 from .sockets import Concept
@@ -20,7 +19,7 @@ class RefineConcept(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ConceptRefine",
+            node_id="ConceptRefineForPrompt",
             display_name="Refine Concept for Prompt",
             category="concepts/learn",
             description="Makes the picture of one prompt and seed, finds the concept's parts in it, and takes one "
@@ -51,8 +50,8 @@ class RefineConcept(io.ComfyNode):
                 ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Of the sampler, as in KSampler."),
                 io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+                io.Combo.Input("sampler_name", options=SAMPLERS, tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=SCHEDULERS, tooltip="As in KSampler."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="As in KSampler."),
                 weight("self_attention", "Weight of the look at matched points: queries and keys of the last layer."),
                 weight("cross_attention", "Weight of the word's maps at matched points, in every layer."),

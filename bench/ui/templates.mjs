@@ -27,7 +27,7 @@ async function layOut(api, note) {
     await window.app.loadApiJson(api, 'template')
     const graph = window.app.graph
     const columns = [['ConceptLoadToyWorld', 'CheckpointLoaderSimple', 'ConceptLoadToyReferences', 'LoadImage', 'ConceptLoadCarrier'],
-      ['ConceptMakeSet'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptRefine'],
+      ['ConceptMakeSet'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptRefineForPrompt'],
       ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
     const size = node => {
       const least = node.computeSize()
