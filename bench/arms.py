@@ -86,7 +86,7 @@ def rows_of(case: str, methods: Iterable[str], names: list[str], rest: list[str]
     RESULTS.mkdir(exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(r["concept"], r["seed"], r["method"]) for r in rows}
-    wanted = [(name, seed, method) for seed in range(seeds) for name in names for method in methods]
+    wanted = [(name, seed, method) for seed in range(seeds) for method in methods for name in names]
     for name, seed, method in [w for w in wanted if w not in done]:
         begun = time.monotonic()
         row = {"concept": name, "seed": seed, "method": method, **measured(loaded, eyes, name, seed, method)}
