@@ -1,4 +1,4 @@
-"""The same parts in two pictures."""
+"""Pairs of points that show the same part in two pictures."""
 
 from comfy_api.latest import io
 
@@ -86,26 +86,4 @@ class MatchFeatures(io.ComfyNode):
         return io.NodeOutput(picture, float(found.score.mean()), found.json(), ui={"text": (text,)})
 
 
-class TransferMask(io.ComfyNode):
-    """Label propagation by features, as DIFT uses it for video."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ConceptTransferMask",
-            display_name="Transfer Mask",
-            category="concepts/match",
-            description="Finds where the masked part of one picture is in other pictures, by their features.",
-            search_aliases=["segment by reference", "mask propagation", "dift", "warp mask", "same object"],
-            inputs=[*sources(), io.Mask.Input("mask", tooltip="The part, in the first picture of the first features.")],
-            outputs=[
-                io.Mask.Output(display_name="mask", tooltip="One per picture of the second features, from 0 to 1.")
-            ],
-        )
-
-    @classmethod
-    def execute(cls, first, second, kind, mask) -> io.NodeOutput:
-        return io.NodeOutput(matching.transferred(first, second, kind.strip(), mask))
-
-
-NODES = [MatchFeatures, TransferMask]
+NODES = [MatchFeatures]

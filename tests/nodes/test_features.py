@@ -1,6 +1,9 @@
 """Extract and show features in a real server, on the toy world with stock nodes around it."""
 
+import json
+
 import numpy as np
+import pytest
 
 EXTRACT = {"timestep": -1, "block": "", "layer": "", "ensemble": 2, "add_noise": "auto", "seed": 0}
 
@@ -81,3 +84,31 @@ def test_the_object_is_found_in_other_pictures(client):
     )
     for one, two in zip(found, wanted, strict=True):  # grounds that the first picture lacks vote for anything
         assert one[two > 0.5].mean() > 0.7 and one[two > 0.5].mean() > one[two <= 0.5].mean() + 0.2
+
+
+def test_a_point_is_found_in_every_picture(client):
+    made = graph(preset="DIFT", words="")
+    del made["show"], made["look"], made["again"]
+    same = {"first": ["extract", 0], "second": ["extract", 0], "kind": "dift"}
+    shown = {"first_image": ["pictures", 0], "second_images": ["pictures", 0]}
+    made["by mask"] = {
+        "class_type": "ConceptMatchPoint",
+        "inputs": {**same, **shown, "x": 0.0, "y": 0.0, "mask": ["pictures", 1]},
+    }
+    made["heat"] = {"class_type": "MaskToImage", "inputs": {"mask": ["by mask", 1]}}
+    for name, source in (("rings", "by mask"), ("seen", "heat")):
+        made[name] = {"class_type": "PreviewImage", "inputs": {"images": [source, 0]}}
+    result = client.queue(made)
+    assert result["status"] == "success", result["error"]
+    rows = json.loads(result["outputs"]["by mask"]["text"][0])
+    assert len(rows) == 3 and rows[0][4] > 0.99 and abs(np.subtract(rows[0][:2], rows[0][2:4])).max() < 8
+    assert [client.image(i).size for i in result["outputs"]["rings"]["images"]] == [(128 + 12 + 128, 128)] * 3
+    own = np.asarray(client.image(result["outputs"]["seen"]["images"][0]).convert("L"))
+    y, x = np.unravel_index(own.argmax(), own.shape)
+    assert abs(x - rows[0][0]) < 8 and abs(y - rows[0][1]) < 8
+    del made["by mask"]["inputs"]["mask"]
+    made["by mask"]["inputs"] |= {"x": rows[0][0], "y": rows[0][1]}
+    again = client.queue(made)
+    assert json.loads(again["outputs"]["by mask"]["text"][0]) == [pytest.approx(row, abs=1e-3) for row in rows]
+    made["by mask"]["inputs"]["x"] = 128.5
+    assert "outside of the first picture" in client.queue(made)["error"]["exception_message"]
