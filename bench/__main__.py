@@ -3,7 +3,7 @@
 Cases: ti_vs_diffusers, prism_vs_script, lora_vs_core (a learning step against others' code on the same weights),
 core_gradients (of the core's trainer), match_vs_kornia (pairs of cells of two feature grids); fidelity, prism, stage2,
 kv (methods over the novel concepts, with bootstrap intervals); quality (the toy world itself), prompt_cost (sampling
-with rows per stage, layer and role). Needs COMFYUI_PATH.
+with rows per stage, layer and role), pck (points found in other pictures). Needs COMFYUI_PATH.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 CASES = (
     *("ti_vs_diffusers", "prism_vs_script", "lora_vs_core", "core_gradients", "match_vs_kornia"),
     *("fidelity", "prism", "stage2", "kv"),
-    *("quality", "prompt_cost"),
+    *("quality", "prompt_cost", "pck"),
 )
 
 
