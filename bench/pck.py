@@ -1,10 +1,11 @@
 """PCK: how often the place that features find for a point is the right one, where the right one is known.
 
 Toy world: pairs of scenes of one shape and pattern, of other backgrounds, positions and colours, half of them of
-another size. A point of the object has its counterpart in the other scene, because the renderer draws a silhouette into a
-square that it tells (``world.box``). A place is right within 0.1 of the longer side of the other object's bounding box, as
-in SPair-71k. All arms choose among 16 x 16 cells and go between them as Match Point does: DIFT as Extract Features'
-preset has it and as the best block and timestep of a sweep over other pairs, the latent, and pixels (8 x 8 patches).
+another size. A point of the object has its counterpart in the other scene, because the renderer draws a silhouette
+into a square that it tells (``world.box``). A place is right within 0.1 of the longer side of the other object's
+bounding box, as in SPair-71k. All arms choose among 16 x 16 cells and go between them as Match Point does: DIFT by the
+preset of Extract Features, DIFT at the best block and timestep of a sweep over other pairs, the latent, and pixels
+(patches of 8 x 8).
 
 The host's only example picture under known warps: right within 0.1 of the picture's side.
 
@@ -151,7 +152,9 @@ def sweep(parts, count: int) -> dict:
             maps = dift(parts, latents, names, block, timestep)
             score = right(errors(maps, known(pairs)), [p.side for p in pairs])
             table.setdefault(block, {})[timestep] = score
-            print(f"{block} at {timestep}: {score[0]:.3f} ({score[1]:.3f}..{score[2]:.3f})", file=sys.stderr, flush=True)
+            print(
+                f"{block} at {timestep}: {score[0]:.3f} ({score[1]:.3f}..{score[2]:.3f})", file=sys.stderr, flush=True
+            )
     return table
 
 
@@ -228,7 +231,9 @@ def main(options, rest) -> int:
         print(f"{arm:32s} " + "  ".join(f"@{s} {m:.3f} ({a:.3f}..{b:.3f})" for s, (m, a, b) in row.items()))
     warps = example(parts)
     for kind, row in warps.items():
-        print(f"example.png, {kind}: " + "  ".join(f"{arm} {m:.3f} ({a:.3f}..{b:.3f})" for arm, (m, a, b) in row.items()))
+        print(
+            f"example.png, {kind}: " + "  ".join(f"{arm} {m:.3f} ({a:.3f}..{b:.3f})" for arm, (m, a, b) in row.items())
+        )
     report = {
         "pairs": count,
         "points": POINTS,

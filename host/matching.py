@@ -35,7 +35,9 @@ class Matches:
     def tracks(self, frames: int) -> dict[str, torch.Tensor]:
         """The host's TRACKS: straight paths [frames, k, 2] from each first point to its second, in the first picture's
         pixels, all of them visible [frames, k] (comfy_extras/nodes_wanmove.py)."""
-        scale = self.first.new_tensor([a / b for a, b in zip(self.first_size[::-1], self.second_size[::-1], strict=True)])
+        scale = self.first.new_tensor(
+            [a / b for a, b in zip(self.first_size[::-1], self.second_size[::-1], strict=True)]
+        )
         path = torch.lerp(self.first, self.second * scale, torch.linspace(0, 1, frames)[:, None, None])
         return {"track_path": path, "track_visibility": torch.ones(path.shape[:2], dtype=torch.bool)}
 

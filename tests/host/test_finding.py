@@ -27,7 +27,9 @@ def test_a_point_is_found_where_its_cell_went(moved):
     for (x, y), right in zip(found.best.tolist(), (44, 28), strict=True):
         assert abs(x - right) <= 4 and abs(y - 10) <= 2, "no further than half a cell"
     rows = json.loads(found.json())
-    assert [row[:2] for row in rows] == [[28, 10]] * 2 and rows[0][2:4] == pytest.approx(found.best[0].tolist(), abs=1e-3)
+    assert [row[:2] for row in rows] == [[28, 10]] * 2 and rows[0][2:4] == pytest.approx(
+        found.best[0].tolist(), abs=1e-3
+    )
 
 
 def test_points_between_cells_are_between_their_features(moved):
