@@ -1,4 +1,4 @@
-"""Where a point or the masked part of one picture is in other pictures."""
+"""Where a point or the masked part of one picture is in other pictures, and which of them show it."""
 
 import json
 from typing import NamedTuple
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from ..carriers.features import Features
 from ..kernels import match as kernel
-from .matching import both, picture_of, points, side_by_side
+from .feature_places import ROLES
+from .matching import both, covered, picture_of, points, side_by_side
 from .overlays import overlay
-from .pictures import batch
+from .pictures import bars, batch
 
 
 class Places(NamedTuple):
@@ -94,6 +95,57 @@ def shown(found: Places, first: Features, one: torch.Tensor | None, others: torc
                 draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=colour)
         pages.append(page)
     return batch(pages)
+
+
+class Ranking(NamedTuple):
+    """Pictures by how surely they show a thing."""
+
+    order: list[tuple[int, float]]
+    """Number of the picture and its score, best first."""
+    maps: list[str]
+    """What the scores are made from."""
+
+    def json(self) -> str:
+        """A list of [picture, score], best first."""
+        return json.dumps([[number, round(score, 4)] for number, score in self.order])
+
+    def text(self) -> str:
+        """The order and the maps in words."""
+        return ", ".join(f"picture {n}: {score:.3f}" for n, score in self.order) + f"; by {', '.join(self.maps)}"
+
+    def chart(self) -> torch.Tensor:
+        """IMAGE [1, h, w, 3] of bars."""
+        return bars([(f"picture {n}", score) for n, score in self.order], f"which shows it, by {', '.join(self.maps)}")
+
+
+def ranked(reference: Features, candidates: Features, mask: torch.Tensor | None) -> Ranking:
+    """Which candidates show the masked part of the reference's first picture.
+
+    PDM's retrieval (arXiv 2405.18025): every cell inside has a nearest cell by DIFT; the score is the mean over these
+    pairs of DIFT's cosine times the cosine of queries, and the same with keys, of which the mean is taken. Of queries
+    and keys, those that either side lacks are left out; without both, DIFT's cosine stands alone.
+    Raises: ValueError for a mask that covers no cell, and as ``both`` does.
+    """
+    looks = [role for role in ROLES[:2] if role in reference.maps and role in candidates.maps]
+    scores = []
+    for number in range(len(candidates.map("dift"))):
+        a, b = both(reference, candidates, "dift", 0, number)
+        inside = covered(mask, a, "reference's")
+        found = kernel.match(a.flatten(1).T, b.flatten(1).T, mutual=False, first_mask=inside)
+        score, alike = found.score, []
+        for role in looks:
+            one, two = both(reference, candidates, role, 0, number)
+            alike.append(F.cosine_similarity(at_cells(one, found.first, a), at_cells(two, found.second, b)))
+        scores.append(float((score * torch.stack(alike).mean(0) if alike else score).mean()))
+    order = sorted(enumerate(scores), key=lambda pair: -pair[1])
+    return Ranking(order, ["dift", *looks])
+
+
+def at_cells(grid: torch.Tensor, cells: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Features [k, c] of a grid [c, h, w] at the centres of flat cells [k] of another grid of the same picture."""
+    height, width = like.shape[1:]
+    y = (cells // width + 0.5) * grid.shape[1] / height - 0.5
+    return kernel.at(grid, y, (cells % width + 0.5) * grid.shape[2] / width - 0.5)
 
 
 def transferred(first, second, name, mask: torch.Tensor) -> torch.Tensor:

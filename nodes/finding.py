@@ -1,9 +1,10 @@
-"""A point or the masked part of one picture, found in others."""
+"""A point or the masked part of one picture, found in others, and which of them show it."""
 
 from comfy_api.latest import io
 
 from ..host import finding
 from .matching import sources
+from .sockets import Features
 
 
 class MatchPoint(io.ComfyNode):
@@ -83,4 +84,41 @@ class TransferMask(io.ComfyNode):
         return io.NodeOutput(finding.transferred(first, second, kind.strip(), mask))
 
 
-NODES = [MatchPoint, TransferMask]
+class FindPicture(io.ComfyNode):
+    """PDM's retrieval (arXiv 2405.18025)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptFindPicture",
+            display_name="Find Picture",
+            category="concepts/match",
+            description="Says which of several pictures shows the masked thing of another picture, by their features.",
+            search_aliases=["retrieval", "pdm", "which image contains", "image search", "same object"],
+            inputs=[
+                Features.Input(
+                    "reference", tooltip="Its first picture shows the thing. Preset: DIFT + PDM."
+                ),
+                Features.Input("candidates", tooltip="Pictures to look in, extracted in the same way."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="The thing in the reference; without it the whole picture counts."
+                ),
+            ],
+            outputs=[
+                io.Int.Output(
+                    display_name="best", tooltip="Which candidate shows it most surely, from 0; for Image From Batch."
+                ),
+                io.Float.Output(display_name="score", tooltip="That candidate's score, 1 at most."),
+                io.String.Output(display_name="order", tooltip="JSON list of picture and score, best first."),
+                io.Image.Output(display_name="chart", tooltip="All candidates and their scores as bars, best first."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, reference, candidates, mask=None) -> io.NodeOutput:
+        found = finding.ranked(reference, candidates, mask)
+        best, score = found.order[0]
+        return io.NodeOutput(best, score, found.json(), found.chart(), ui={"text": (found.text(),)})
+
+
+NODES = [MatchPoint, TransferMask, FindPicture]

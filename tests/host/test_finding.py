@@ -92,3 +92,68 @@ def test_a_mask_goes_where_its_part_went(moved):
     assert found.shape == (2, 24, 80)
     inside = found[0, 8:16, 32:48].mean()
     assert inside > 0.7 and found[0, 8:16, 56:].mean() < 0.3
+
+
+def naive(reference, candidates, inside, number):
+    """PDM's score cell by cell, for grids of one size."""
+    one, two = ({k: v[i].flatten(1).T for k, v in f.maps.items()} for f, i in ((reference, 0), (candidates, number)))
+    total = []
+    for cell in inside.nonzero()[:, 0].tolist():
+        score, nearest = torch.cosine_similarity(one["dift"][cell], two["dift"]).max(0)
+        looks = [torch.cosine_similarity(one[k][cell], two[k][nearest], dim=0) for k in ("query", "key") if k in two]
+        total.append(float(score * (sum(looks) / len(looks) if looks else 1)))
+    return sum(total) / len(total)
+
+
+def drawn(pictures, seed, *kinds):
+    g = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(pictures, 16, 6, 10, generator=g) for k in kinds}
+
+
+@pytest.mark.parametrize("kinds", [("dift",), ("dift", "query"), ("dift", "query", "key")])
+def test_pictures_are_ranked_as_pdm_ranks_them(kinds):
+    from concepts.host.finding import ranked
+
+    reference = Features(drawn(1, 0, *kinds), 24, 80)
+    others = {
+        k: v + reference.maps[k] * torch.tensor([0.2, 1.0, 0.5]).view(3, 1, 1, 1)
+        for k, v in drawn(3, 1, *kinds).items()
+    }
+    candidates = Features(others, 24, 80)
+    mask = torch.zeros(1, 24, 80)
+    mask[:, 4:12, 16:48] = 1
+    found = ranked(reference, candidates, mask)
+    assert [n for n, _ in found.order] == [1, 2, 0] and found.maps == list(kinds)
+    inside = torch.zeros(6, 10, dtype=torch.bool)
+    inside[1:3, 2:6] = True
+    for number, score in found.order:
+        assert score == pytest.approx(naive(reference, candidates, inside.flatten(), number), abs=1e-5)
+    assert json.loads(found.json())[0] == [1, pytest.approx(found.order[0][1], abs=1e-4)]
+
+
+def test_the_mask_says_what_is_looked_for():
+    from concepts.host.finding import ranked
+
+    grid, other = drawn(1, 0, "dift")["dift"], drawn(2, 1, "dift")["dift"]
+    other[0, :, :, :5], other[1, :, :, 5:] = grid[0, :, :, :5], grid[0, :, :, 5:]
+    reference, candidates = Features({"dift": grid}, 24, 80), Features({"dift": other}, 24, 80)
+    left = torch.zeros(1, 24, 80)
+    left[:, :, :40] = 1
+    assert ranked(reference, candidates, left).order[0] == (0, pytest.approx(1, abs=1e-5))
+    assert ranked(reference, candidates, 1 - left).order[0] == (1, pytest.approx(1, abs=1e-5))
+    assert ranked(reference, candidates, None).order[0][1] < 0.95
+    with pytest.raises(ValueError, match="reference's mask covers no cell"):
+        ranked(reference, candidates, left * 0)
+
+
+def test_looks_of_a_finer_grid_are_read_at_the_same_places():
+    from concepts.host.finding import ranked
+
+    made = drawn(1, 0, "dift")
+    fine = made["dift"].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    both = Features(made | {"key": fine}, 24, 80)
+    assert ranked(both, both, None).order[0][1] == pytest.approx(1, abs=1e-5)
+    swapped = Features(made | {"key": fine.roll(2, -1)}, 24, 80)
+    assert abs(ranked(both, swapped, None).order[0][1]) < 0.2
+    plain = ranked(both, Features(made, 24, 80), None)
+    assert plain.maps == ["dift"] and "by dift" in plain.text() and plain.chart().shape[-1] == 3

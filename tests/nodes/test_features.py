@@ -112,3 +112,35 @@ def test_a_point_is_found_in_every_picture(client):
     assert json.loads(again["outputs"]["by mask"]["text"][0]) == [pytest.approx(row, abs=1e-3) for row in rows]
     made["by mask"]["inputs"]["x"] = 128.5
     assert "outside of the first picture" in client.queue(made)["error"]["exception_message"]
+
+
+def test_the_picture_that_shows_it_is_found(client):
+    made = graph()
+    del made["show"], made["look"], made["again"]
+    made["hats"] = {
+        "class_type": "ConceptLoadToyReferences",
+        "inputs": {"subject": "red-blue-hat", "count": 2, "seed": 0},
+    }
+    made["more"] = {"class_type": "ConceptLoadToyReferences", "inputs": {"subject": "cross-mug", "count": 1, "seed": 1}}
+    made["all"] = {"class_type": "ImageBatch", "inputs": {"image1": ["hats", 0], "image2": ["more", 0]}}
+    made["others"] = {
+        "class_type": "ConceptExtractFeatures",
+        "inputs": {**made["extract"]["inputs"], "image": ["all", 0]},
+    }
+    made["find"] = {
+        "class_type": "ConceptFindPicture",
+        "inputs": {"reference": ["extract", 0], "candidates": ["others", 0], "mask": ["pictures", 1]},
+    }
+    made["one"] = {
+        "class_type": "ImageFromBatch",
+        "inputs": {"image": ["all", 0], "batch_index": ["find", 0], "length": 1},
+    }
+    for name, source in (("found", ["one", 0]), ("wanted", ["more", 0]), ("chart", ["find", 3])):
+        made[name] = {"class_type": "PreviewImage", "inputs": {"images": source}}
+    result = client.queue(made)
+    assert result["status"] == "success", result["error"]
+    text = result["outputs"]["find"]["text"][0]
+    assert text.startswith("picture 2: 0.") and text.endswith("by dift, query, key")
+    found, wanted = (np.asarray(client.image(result["outputs"][k]["images"][0])) for k in ("found", "wanted"))
+    assert (found == wanted).all()
+    assert client.image(result["outputs"]["chart"]["images"][0]).size[0] == 640
