@@ -64,3 +64,16 @@ def test_the_picture_holds_both_and_lines_between_them(moved):
     assert plain.shape == (1, 24, 80 + 12 + 80, 3)
     gap = plain[0, :, 81:91]
     assert (gap < 0.9).any() and (joined(found, torch.ones(9, 9, 3), None, 1)[0, :, :80] > 0.9).any()
+
+
+def test_tracks_lead_from_first_to_second_points(moved):
+    from concepts.host.matching import matches
+
+    first, second = moved
+    twice = Features(second.maps, 48, 160)
+    found = matches(first, twice, "dift", **HOW)
+    tracks = found.tracks(5)
+    path, seen = tracks["track_path"], tracks["track_visibility"]
+    assert path.shape == (5, 60, 2) and seen.shape == (5, 60) and seen.all()
+    assert torch.equal(path[0], found.first) and torch.allclose(path[-1] * 2, found.second)
+    assert torch.allclose(path[2], (path[0] + path[-1]) / 2)

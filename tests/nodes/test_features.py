@@ -63,21 +63,27 @@ def test_the_object_is_found_in_other_pictures(client):
     made = graph()
     del made["show"], made["look"], made["again"]
     same = {"first": ["extract", 0], "second": ["extract", 0], "kind": "dift"}
-    options = {"mutual": False, "minimum_score": -1.0, "best": 0, "finer": True, "shown": 20}
+    options = {"mutual": False, "minimum_score": -1.0, "best": 0, "finer": True, "shown": 20, "frames": 3}
     made["match"] = {
         "class_type": "ConceptMatchFeatures",
         "inputs": {**same, **options, "first_picture": 0, "second_picture": 1, "first_mask": ["pictures", 1]}
         | {"first_image": ["pictures", 0], "second_image": ["pictures", 0]},
     }
     made["move"] = {"class_type": "ConceptTransferMask", "inputs": {**same, "mask": ["pictures", 1]}}
+    made["ways"] = {
+        "class_type": "WanMoveVisualizeTracks",
+        "inputs": {"images": ["pictures", 0], "tracks": ["match", 3], "line_resolution": 24}
+        | {"circle_size": 3, "opacity": 1.0, "line_width": 2},
+    }
     made["seen"] = {"class_type": "MaskToImage", "inputs": {"mask": ["move", 0]}}
     made["truth"] = {"class_type": "MaskToImage", "inputs": {"mask": ["pictures", 1]}}
-    for name, source in (("lines", "match"), ("found", "seen"), ("wanted", "truth")):
+    for name, source in (("lines", "match"), ("found", "seen"), ("wanted", "truth"), ("frames", "ways")):
         made[name] = {"class_type": "PreviewImage", "inputs": {"images": [source, 0]}}
     result = client.queue(made)
     assert result["status"] == "success", result["error"]
     assert "pairs, cosine" in result["outputs"]["match"]["text"][0]
     assert client.image(result["outputs"]["lines"]["images"][0]).size == (128 + 12 + 128, 128)
+    assert len(result["outputs"]["frames"]["images"]) == 3, "the stock node draws the tracks"
     found, wanted = (
         [np.asarray(client.image(i).convert("L")) / 255 for i in result["outputs"][k]["images"]]
         for k in ("found", "wanted")
