@@ -1,4 +1,4 @@
-"""Features of two pictures as matches and masks in pixels, and pictures of them."""
+"""Features of two pictures as matches in pixels, and pictures of them."""
 
 import json
 from dataclasses import dataclass
@@ -31,6 +31,15 @@ class Matches:
         """A list of [x, y, x, y, cosine], best first."""
         rows = torch.cat([self.first, self.second, self.score[:, None]], 1).tolist()
         return json.dumps([[round(v, 3) for v in row] for row in rows])
+
+    def tracks(self, frames: int) -> dict[str, torch.Tensor]:
+        """The host's TRACKS: straight paths [frames, k, 2] from each first point to its second, in the first picture's
+        pixels, all of them visible [frames, k] (comfy_extras/nodes_wanmove.py)."""
+        scale = self.first.new_tensor(
+            [a / b for a, b in zip(self.first_size[::-1], self.second_size[::-1], strict=True)]
+        )
+        path = torch.lerp(self.first, self.second * scale, torch.linspace(0, 1, frames)[:, None, None])
+        return {"track_path": path, "track_visibility": torch.ones(path.shape[:2], dtype=torch.bool)}
 
 
 def grid_of(features: Features, name: str, picture: int) -> torch.Tensor:
@@ -95,19 +104,13 @@ def matches(first, second, name, pictures=(0, 0), masks=(None, None), *, mutual,
     return Matches(own, points(y, x, b.shape[1:], sizes[1]), found.score, *sizes)
 
 
-def joined(
-    found: Matches, one: torch.Tensor | None, two: torch.Tensor | None, shown: int, gap: int = 12
-) -> torch.Tensor:
+def joined(found: Matches, one: torch.Tensor | None, two: torch.Tensor | None, shown: int) -> torch.Tensor:
     """IMAGE [1, H, W, 3]: both pictures side by side, the best ``shown`` matches as lines, coloured by score.
 
     one, two: [h, w, 3] of any size, or None for grey; they are drawn as large as the features say.
     """
-    sides = [_picture(p, size) for p, size in ((one, found.first_size), (two, found.second_size))]
-    height, left = max(s.height for s in sides), sides[0].width + gap
-    page = Image.new("RGB", (left + sides[1].width, height), (250, 250, 250))
-    page.paste(sides[0], (0, 0))
-    page.paste(sides[1], (left, 0))
-    draw = ImageDraw.Draw(page)
+    sides = [picture_of(p, size) for p, size in ((one, found.first_size), (two, found.second_size))]
+    page, draw, left = side_by_side(*sides)
     low, high = (float(found.score[:shown].min()), float(found.score[:shown].max()))
     for a, b, score in reversed(list(zip(found.first[:shown], found.second[:shown], found.score[:shown], strict=True))):
         place = (float(score) - low) / (high - low or 1) * (len(HOT) - 1)
@@ -120,20 +123,18 @@ def joined(
     return batch([page])
 
 
-def _picture(picture: torch.Tensor | None, size: tuple[int, int]) -> Image.Image:
+def side_by_side(left: Image.Image, right: Image.Image, gap: int = 12) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """A page with both pictures, what draws on it, and the x at which the right one begins."""
+    start = left.width + gap
+    page = Image.new("RGB", (start + right.width, max(left.height, right.height)), (250, 250, 250))
+    page.paste(left, (0, 0))
+    page.paste(right, (start, 0))
+    return page, ImageDraw.Draw(page), start
+
+
+def picture_of(picture: torch.Tensor | None, size: tuple[int, int]) -> Image.Image:
+    """A picture [h, w, 3] in 0..1 as large as height and width say; grey without one."""
     if picture is None:
         return Image.new("RGB", size[::-1], (128, 128, 128))
     array = (picture[..., :3].float().cpu().clamp(0, 1) * 255).round().byte().numpy()
     return Image.fromarray(array).resize((size[1], size[0]), Image.BILINEAR)
-
-
-def transferred(first, second, name, mask: torch.Tensor) -> torch.Tensor:
-    """MASK [n, H, W] of the second features' pictures: where the first picture's ``mask`` is in each of them."""
-    found = []
-    for number in range(len(second.map(name))):
-        a, b = both(first, second, name, 0, number)
-        own = F.interpolate(mask[:1, None].float(), a.shape[-2:], mode="area")[0, 0]
-        soft = kernel.transfer(own, a, b)
-        size = (second.height, second.width)
-        found.append(F.interpolate(soft[None, None], size, mode="bilinear", align_corners=False)[0, 0])
-    return torch.stack(found).clamp(0, 1)

@@ -6,9 +6,39 @@ from ..host import folders
 
 folders.register()  # loaders list its files when the modules below define their schemas
 
-from . import attention, concept_set, features, files, kv, learn, lora, matching, mix, prompt, refine, residual, toy  # noqa: E402
+from . import (  # noqa: E402
+    attention,
+    concept_set,
+    features,
+    files,
+    finding,
+    kv,
+    learn,
+    lora,
+    matching,
+    mix,
+    prompt,
+    refine,
+    residual,
+    toy,
+)
 
-MODULES = [toy, concept_set, learn, residual, kv, lora, refine, prompt, mix, attention, features, matching, files]
+MODULES = [
+    toy,
+    concept_set,
+    learn,
+    residual,
+    kv,
+    lora,
+    refine,
+    prompt,
+    mix,
+    attention,
+    features,
+    matching,
+    finding,
+    files,
+]
 
 
 class ConceptCarriers(ComfyExtension):

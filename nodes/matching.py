@@ -1,4 +1,4 @@
-"""The same parts in two pictures."""
+"""Pairs of points that show the same part in two pictures."""
 
 from comfy_api.latest import io
 
@@ -51,11 +51,24 @@ class MatchFeatures(io.ComfyNode):
                 io.Mask.Input("second_mask", optional=True, tooltip="Only points of this area of the second picture."),
                 io.Image.Input("first_image", optional=True, tooltip="Drawn on the left; grey without it."),
                 io.Image.Input("second_image", optional=True, tooltip="Drawn on the right; grey without it."),
+                io.Int.Input(
+                    "frames",
+                    default=81,
+                    min=2,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Length of the tracks: as many as the video that takes them has.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="picture", tooltip="Lines between both pictures, red for the best score."),
                 io.Float.Output(display_name="score", tooltip="Mean cosine of all pairs that were kept."),
                 io.String.Output(display_name="points", tooltip="JSON list of pairs: x, y, x, y in pixels and cosine."),
+                io.Tracks.Output(
+                    display_name="tracks",
+                    tooltip="Straight ways from first to second points, in the first picture's pixels; for Wan Move.",
+                ),
             ],
         )
 
@@ -72,6 +85,7 @@ class MatchFeatures(io.ComfyNode):
         second_mask=None,
         first_image=None,
         second_image=None,
+        frames=81,
         **how,
     ) -> io.NodeOutput:
         which = (first_picture, second_picture)
@@ -83,29 +97,8 @@ class MatchFeatures(io.ComfyNode):
         ]
         text = f"{len(found.score)} pairs, cosine {found.score[0]:.3f} to {found.score[-1]:.3f}"
         picture = matching.joined(found, *images, shown)
-        return io.NodeOutput(picture, float(found.score.mean()), found.json(), ui={"text": (text,)})
+        tracks = found.tracks(frames)
+        return io.NodeOutput(picture, float(found.score.mean()), found.json(), tracks, ui={"text": (text,)})
 
 
-class TransferMask(io.ComfyNode):
-    """Label propagation by features, as DIFT uses it for video."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ConceptTransferMask",
-            display_name="Transfer Mask",
-            category="concepts/match",
-            description="Finds where the masked part of one picture is in other pictures, by their features.",
-            search_aliases=["segment by reference", "mask propagation", "dift", "warp mask", "same object"],
-            inputs=[*sources(), io.Mask.Input("mask", tooltip="The part, in the first picture of the first features.")],
-            outputs=[
-                io.Mask.Output(display_name="mask", tooltip="One per picture of the second features, from 0 to 1.")
-            ],
-        )
-
-    @classmethod
-    def execute(cls, first, second, kind, mask) -> io.NodeOutput:
-        return io.NodeOutput(matching.transferred(first, second, kind.strip(), mask))
-
-
-NODES = [MatchFeatures, TransferMask]
+NODES = [MatchFeatures]

@@ -27,7 +27,8 @@ async function layOut(api, note) {
     await window.app.loadApiJson(api, 'template')
     const graph = window.app.graph
     const columns = [['ConceptLoadToyWorld', 'CheckpointLoaderSimple', 'ConceptLoadToyReferences', 'LoadImage', 'ConceptLoadCarrier'],
-      ['ConceptMakeSet'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptRefineForPrompt'],
+      ['ConceptMakeSet', 'ImageBatch'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptExtractFeatures', 'ConceptRefineForPrompt'],
+      ['ConceptMatchFeatures', 'ConceptMatchPoint', 'ConceptShowFeatures', 'ConceptTransferMask', 'ConceptFindPicture', 'MaskToImage', 'ImageFromBatch'],
       ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
     const size = node => {
       const least = node.computeSize()
@@ -72,8 +73,9 @@ async function layOut(api, note) {
       box.pos = low
       box.size = [0, 1].map(i => Math.max(...nodes.map(n => n.pos[i] + n.size[i])) + 20 - low[i])
     }
-    group(api[4]?.class_type.startsWith('ConceptLearn') ? 'learn' : 'load', graph.nodes.filter(n => !inRow.has(n)), '#3f789e')
-    group('use', [...inRow], '#88a77b')
+    const kind = rows.length ? api[4]?.class_type.startsWith('ConceptLearn') ? 'learn' : 'load' : 'match'
+    group(kind, graph.nodes.filter(n => !inRow.has(n)), '#3f789e')
+    if (rows.length) group('use', [...inRow], '#88a77b')
     const words = window.LiteGraph.createNode('MarkdownNote')
     graph.add(words)
     words.widgets[0].value = note

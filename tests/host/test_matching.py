@@ -1,4 +1,4 @@
-"""Matches and masks in pixels, from features whose cells are known."""
+"""Matches in pixels, from features whose cells are known."""
 
 import json
 
@@ -42,17 +42,6 @@ def test_masks_restrict_and_too_small_ones_are_refused(moved):
         matches(*moved, "dift", masks=(None, mask), **HOW)
 
 
-def test_a_mask_goes_where_its_part_went(moved):
-    from concepts.host.matching import transferred
-
-    mask = torch.zeros(1, 24, 80)
-    mask[:, 8:16, 16:32] = 1
-    found = transferred(*moved, "dift", mask)
-    assert found.shape == (1, 24, 80)
-    inside = found[0, 8:16, 32:48].mean()
-    assert inside > 0.7 and found[0, 8:16, 56:].mean() < 0.3
-
-
 def test_what_cannot_be_compared_says_why(moved):
     from concepts.host.matching import matches
 
@@ -75,3 +64,16 @@ def test_the_picture_holds_both_and_lines_between_them(moved):
     assert plain.shape == (1, 24, 80 + 12 + 80, 3)
     gap = plain[0, :, 81:91]
     assert (gap < 0.9).any() and (joined(found, torch.ones(9, 9, 3), None, 1)[0, :, :80] > 0.9).any()
+
+
+def test_tracks_lead_from_first_to_second_points(moved):
+    from concepts.host.matching import matches
+
+    first, second = moved
+    twice = Features(second.maps, 48, 160)
+    found = matches(first, twice, "dift", **HOW)
+    tracks = found.tracks(5)
+    path, seen = tracks["track_path"], tracks["track_visibility"]
+    assert path.shape == (5, 60, 2) and seen.shape == (5, 60) and seen.all()
+    assert torch.equal(path[0], found.first) and torch.allclose(path[-1] * 2, found.second)
+    assert torch.allclose(path[2], (path[0] + path[-1]) / 2)

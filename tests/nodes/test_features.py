@@ -1,6 +1,9 @@
 """Extract and show features in a real server, on the toy world with stock nodes around it."""
 
+import json
+
 import numpy as np
+import pytest
 
 EXTRACT = {"timestep": -1, "block": "", "layer": "", "ensemble": 2, "add_noise": "auto", "seed": 0}
 
@@ -60,24 +63,90 @@ def test_the_object_is_found_in_other_pictures(client):
     made = graph()
     del made["show"], made["look"], made["again"]
     same = {"first": ["extract", 0], "second": ["extract", 0], "kind": "dift"}
-    options = {"mutual": False, "minimum_score": -1.0, "best": 0, "finer": True, "shown": 20}
+    options = {"mutual": False, "minimum_score": -1.0, "best": 0, "finer": True, "shown": 20, "frames": 3}
     made["match"] = {
         "class_type": "ConceptMatchFeatures",
         "inputs": {**same, **options, "first_picture": 0, "second_picture": 1, "first_mask": ["pictures", 1]}
         | {"first_image": ["pictures", 0], "second_image": ["pictures", 0]},
     }
     made["move"] = {"class_type": "ConceptTransferMask", "inputs": {**same, "mask": ["pictures", 1]}}
+    made["ways"] = {
+        "class_type": "WanMoveVisualizeTracks",
+        "inputs": {"images": ["pictures", 0], "tracks": ["match", 3], "line_resolution": 24}
+        | {"circle_size": 3, "opacity": 1.0, "line_width": 2},
+    }
     made["seen"] = {"class_type": "MaskToImage", "inputs": {"mask": ["move", 0]}}
     made["truth"] = {"class_type": "MaskToImage", "inputs": {"mask": ["pictures", 1]}}
-    for name, source in (("lines", "match"), ("found", "seen"), ("wanted", "truth")):
+    for name, source in (("lines", "match"), ("found", "seen"), ("wanted", "truth"), ("frames", "ways")):
         made[name] = {"class_type": "PreviewImage", "inputs": {"images": [source, 0]}}
     result = client.queue(made)
     assert result["status"] == "success", result["error"]
     assert "pairs, cosine" in result["outputs"]["match"]["text"][0]
     assert client.image(result["outputs"]["lines"]["images"][0]).size == (128 + 12 + 128, 128)
+    assert len(result["outputs"]["frames"]["images"]) == 3, "the stock node draws the tracks"
     found, wanted = (
         [np.asarray(client.image(i).convert("L")) / 255 for i in result["outputs"][k]["images"]]
         for k in ("found", "wanted")
     )
     for one, two in zip(found, wanted, strict=True):  # grounds that the first picture lacks vote for anything
         assert one[two > 0.5].mean() > 0.7 and one[two > 0.5].mean() > one[two <= 0.5].mean() + 0.2
+
+
+def test_a_point_is_found_in_every_picture(client):
+    made = graph(preset="DIFT", words="")
+    del made["show"], made["look"], made["again"]
+    same = {"first": ["extract", 0], "second": ["extract", 0], "kind": "dift"}
+    shown = {"first_image": ["pictures", 0], "second_images": ["pictures", 0]}
+    made["by mask"] = {
+        "class_type": "ConceptMatchPoint",
+        "inputs": {**same, **shown, "x": 0.0, "y": 0.0, "mask": ["pictures", 1]},
+    }
+    made["heat"] = {"class_type": "MaskToImage", "inputs": {"mask": ["by mask", 1]}}
+    for name, source in (("rings", "by mask"), ("seen", "heat")):
+        made[name] = {"class_type": "PreviewImage", "inputs": {"images": [source, 0]}}
+    result = client.queue(made)
+    assert result["status"] == "success", result["error"]
+    rows = json.loads(result["outputs"]["by mask"]["text"][0])
+    assert len(rows) == 3 and rows[0][4] > 0.9 and abs(np.subtract(rows[0][:2], rows[0][2:4])).max() < 8
+    assert [client.image(i).size for i in result["outputs"]["rings"]["images"]] == [(128 + 12 + 128, 128)] * 3
+    own = np.asarray(client.image(result["outputs"]["seen"]["images"][0]).convert("L"))
+    y, x = np.unravel_index(own.argmax(), own.shape)
+    assert abs(x - rows[0][0]) < 8 and abs(y - rows[0][1]) < 8
+    del made["by mask"]["inputs"]["mask"]
+    made["by mask"]["inputs"] |= {"x": rows[0][0], "y": rows[0][1]}
+    again = client.queue(made)
+    assert json.loads(again["outputs"]["by mask"]["text"][0]) == [pytest.approx(row, abs=1e-3) for row in rows]
+    made["by mask"]["inputs"]["x"] = 128.5
+    assert "outside of the first picture" in client.queue(made)["error"]["exception_message"]
+
+
+def test_the_picture_that_shows_it_is_found(client):
+    made = graph()
+    del made["show"], made["look"], made["again"]
+    made["hats"] = {
+        "class_type": "ConceptLoadToyReferences",
+        "inputs": {"subject": "red-blue-hat", "count": 2, "seed": 0},
+    }
+    made["more"] = {"class_type": "ConceptLoadToyReferences", "inputs": {"subject": "cross-mug", "count": 1, "seed": 1}}
+    made["all"] = {"class_type": "ImageBatch", "inputs": {"image1": ["hats", 0], "image2": ["more", 0]}}
+    made["others"] = {
+        "class_type": "ConceptExtractFeatures",
+        "inputs": {**made["extract"]["inputs"], "image": ["all", 0]},
+    }
+    made["find"] = {
+        "class_type": "ConceptFindPicture",
+        "inputs": {"reference": ["extract", 0], "candidates": ["others", 0], "mask": ["pictures", 1]},
+    }
+    made["one"] = {
+        "class_type": "ImageFromBatch",
+        "inputs": {"image": ["all", 0], "batch_index": ["find", 0], "length": 1},
+    }
+    for name, source in (("found", ["one", 0]), ("wanted", ["more", 0]), ("chart", ["find", 3])):
+        made[name] = {"class_type": "PreviewImage", "inputs": {"images": source}}
+    result = client.queue(made)
+    assert result["status"] == "success", result["error"]
+    text = result["outputs"]["find"]["text"][0]
+    assert text.startswith("picture 2: 0.") and text.endswith("by dift, query, key")
+    found, wanted = (np.asarray(client.image(result["outputs"][k]["images"][0])) for k in ("found", "wanted"))
+    assert (found == wanted).all()
+    assert client.image(result["outputs"]["chart"]["images"][0]).size[0] == 640

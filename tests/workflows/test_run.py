@@ -236,3 +236,25 @@ def test_learn_on_my_own_checkpoint(host, client, server):
     assert result["outputs"][keys(made, "ConceptSaveCarrier")[0]]["text"][0] == "saved embeddings/novel.safetensors"
     assert read_concept(server.folder("models") / "embeddings" / "novel.safetensors").tensors["clip_l"].shape[-1] == 768
     assert pixels(client, result, keys(made, "SaveImage")[0]).shape == (64, 64, 3)
+
+
+def test_the_same_parts_are_found_in_two_pictures(client):
+    result = run(client, made := graph("10_"))
+    pictures = [client.image(i) for k in keys(made, "PreviewImage") for i in result["outputs"][k]["images"]]
+    assert [p.size for p in pictures] == [(268, 128)] * 4 + [(128, 128)] * 4
+    (matched,) = (result["outputs"][k]["text"][0] for k in keys(made, "ConceptMatchFeatures"))
+    assert int(matched.split()[0]) >= 5
+    (found,) = (json.loads(result["outputs"][k]["text"][0]) for k in keys(made, "ConceptMatchPoint"))
+    assert len(found) == 3 and all(0 <= row[2] <= 128 and 0 <= row[3] <= 128 for row in found)
+
+
+def test_a_mask_is_transferred_and_the_picture_found(client):
+    result = run(client, made := graph("11_"))
+    (finder,) = keys(made, "ConceptFindPicture")
+    best = int(result["outputs"][finder]["text"][0].split(":")[0].removeprefix("picture "))
+    assert best >= 2, "the first two show another mug"
+    mask, others = (
+        [np.asarray(client.image(i).convert("RGB")) for i in result["outputs"][k]["images"]] for k in ("8", "9")
+    )
+    assert (pixels(client, result, "16") == others[best - 2]).all()
+    assert len(mask) == 4 and all(1 < m.mean() < 128 for m in mask)
