@@ -2,8 +2,8 @@
 
 Every concept is learned as one vector and as a DreamBooth LoRA. Twenty prompts each are drawn, refined against one
 reference with its mask, and drawn again from the same noise: with the diffusion loss alone, with self-attention, with
-cross-attention, with both, and with both at other timesteps of the features. The judge compares with eight references
-that were not learned from. Rows are kept in results/per_query.jsonl.
+cross-attention, with both, and with both at parts of the rate and at other timesteps of the features. The judge
+compares with eight references that were not learned from. Rows are kept in results/per_query.jsonl.
 ``nox -s bench -- per_query [SEEDS] [CONCEPT ...]``
 """
 
@@ -24,9 +24,10 @@ PARTS = {
     "+ both": {},
 }
 TIMES = {f"both, t {t}": {"timestep": float(t)} for t in (1, 250, 500, 750)}
+RATES = {f"both, {part} of the rate": {"part": part} for part in (0.1, 0.3)}
 CHANGES = {
     f"{kind} {arm}".strip(): (kind, changes)
-    for kind, some in (("tokens", PARTS | TIMES), ("LoRA", PARTS))
+    for kind, some in (("tokens", PARTS | RATES | TIMES), ("LoRA", PARTS))
     for arm, changes in ({"": None} | some).items()
 }
 """Method -> kind of concept, and the settings of its refinement; None for the concept as it was learned."""
@@ -95,7 +96,8 @@ def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor,
     scene = world.references(name, 1, 0)
     picture, mask = (torch.from_numpy(a).float() / 255 for a in arms.arrays(scene))
     texts = [world.reference_caption(s, "<novel>") for s in scenes_of(name)]
-    rate, done = concept.info["learning_rate"], []
+    rate, done, changes = concept.info["learning_rate"], [], dict(changes)
+    rate *= changes.pop("part", 1.0)
     with torch.inference_mode():
         for number, text in enumerate(texts):
             settings = RefineSettings("novel", learning_rate=rate, seed=seed, **changes)
