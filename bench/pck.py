@@ -258,7 +258,7 @@ def main(options, rest) -> int:
     count = int(rest[0]) if rest else PAIRS
     toy.host()
     parts, begun = toy.load(), time.monotonic()
-    swept = sweep(parts, max(2, count * TUNING // PAIRS))
+    swept = sweep(parts, TUNING)
     block, timestep = max(((b, t) for b in swept for t in swept[b]), key=lambda k: swept[k[0]][k[1]][0])
     pairs, x, names = toy_world(parts, count, seed=2)
     maps = raw(parts, x)
