@@ -7,7 +7,8 @@ bounding box, as in SPair-71k. All arms choose among 16 x 16 cells and go betwee
 preset of Extract Features, DIFT at the best block and timestep of a sweep over other pairs, the latent, and pixels
 (patches of 8 x 8).
 
-The host's only example picture under known warps: right within 0.1 of the picture's side.
+One object on two grounds: overlap of moved masks with the true ones, and how often the second picture is found among
+eight. The host's only example picture under known warps: right within 0.1 of the picture's side.
 
 ``nox -s bench -- pck [PAIRS]``
 """
@@ -167,6 +168,46 @@ def guesses(pairs: list[Pair]) -> list[np.ndarray]:
     return found
 
 
+def propagated(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A mask [1, H, W] moved by label propagation alone (5 nearest cells, temperature 0.1), [H, W]."""
+    labels = F.interpolate(mask[None], a.shape[-2:], mode="area").flatten()
+    cosines, cells = (F.normalize(b.flatten(1), dim=0).T @ F.normalize(a.flatten(1), dim=0)).topk(5, 1)
+    own = ((cosines / 0.1).softmax(1) * labels[cells]).sum(1).view(1, 1, *b.shape[-2:])
+    return F.interpolate(own, mask.shape[-2:], mode="bilinear")[0, 0]
+
+
+def same_object(parts, count: int, candidates: int = 8) -> dict:
+    """One object on two grounds: overlap of moved masks at 0.5 with the true ones, and how often the second picture is
+    found among ``candidates`` pictures of random objects; DIFT and PDM by their presets, prompt "a photo"."""
+    from concepts.carriers.features import Features
+    from concepts.host.feature_places import preset
+    from concepts.host.features import extract
+    from concepts.host.finding import ranked, transferred
+
+    rng = random.Random(3)
+    pairs = [pair(rng, recolour=False) for _ in range(count)]
+    latents = raw(parts, pictures([s for p in pairs for s in p.scenes]))["latent"]
+    maps = extract(parts[0], parts[1], latents, preset(parts[0], "DIFT + PDM", []), "a photo").maps
+    table = {"mask": [], "mask, label propagation alone": [], "found, DIFT": [], "found, DIFT and PDM": []}
+    for number, made in enumerate(pairs):
+        mask = torch.from_numpy(made.masks[0]).float()[None]
+        one, two = ({k: v[2 * number + i][None] for k, v in maps.items()} for i in (0, 1))
+        moved = {
+            "mask": transferred(Features(one, SIDE, SIDE), Features(two, SIDE, SIDE), "dift", mask)[0],
+            "mask, label propagation alone": propagated(one["dift"][0], two["dift"][0], mask),
+        }
+        for key, value in moved.items():
+            seen = value.numpy() > 0.5
+            table[key].append((seen & made.masks[1]).sum() / (seen | made.masks[1]).sum())
+        rows = [2 * ((number + i) % count) + 1 for i in range(candidates)]
+        for key, kinds in (("found, DIFT", ["dift"]), ("found, DIFT and PDM", list(maps))):
+            sides = [
+                Features({k: m[k] for k in kinds}, SIDE, SIDE) for m in (one, {k: v[rows] for k, v in maps.items()})
+            ]
+            table[key].append(ranked(*sides, mask).order[0][0] == 0)
+    return {key: measure.bootstrap(values) for key, values in table.items()}
+
+
 def warped(picture: np.ndarray, rng: np.random.Generator, kind: str) -> tuple[np.ndarray, tuple]:
     """A picture [SIDE, SIDE, 3] in 0..1 flipped, cropped and jittered as ``kind`` says, and (offset, scale, flip)."""
     whole, offset, scale, flip = picture.shape[0], np.zeros(2), 1.0, "flip" in kind
@@ -217,7 +258,7 @@ def main(options, rest) -> int:
     count = int(rest[0]) if rest else PAIRS
     toy.host()
     parts, begun = toy.load(), time.monotonic()
-    swept = sweep(parts, max(2, count * TUNING // PAIRS))
+    swept = sweep(parts, TUNING)
     block, timestep = max(((b, t) for b in swept for t in swept[b]), key=lambda k: swept[k[0]][k[1]][0])
     pairs, x, names = toy_world(parts, count, seed=2)
     maps = raw(parts, x)
@@ -232,11 +273,15 @@ def main(options, rest) -> int:
     for kind, row in warps.items():
         spans = [f"{arm} {m:.3f} ({a:.3f}..{b:.3f})" for arm, (m, a, b) in row.items()]
         print(f"example.png, {kind}: " + "  ".join(spans))
+    same = same_object(parts, max(8, count // 3))
+    for key, (m, a, b) in same.items():
+        print(f"{key:32s} {m:.3f} ({a:.3f}..{b:.3f})")
     report = {
         "pairs": count,
         "points": POINTS,
-        "seeds": {"sweep": 1, "pairs": 2},
+        "seeds": {"sweep": 1, "pairs": 2, "same object": 3},
         "table": table,
+        "same object": same,
         "sweep": swept,
         "example.png": warps,
         "seconds": time.monotonic() - begun,

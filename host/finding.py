@@ -148,7 +148,7 @@ def at_cells(grid: torch.Tensor, cells: torch.Tensor, like: torch.Tensor) -> tor
     return kernel.at(grid, y, (cells % width + 0.5) * grid.shape[2] / width - 0.5)
 
 
-def transferred(first, second, name, mask: torch.Tensor) -> torch.Tensor:
+def transferred(first: Features, second: Features, name: str, mask: torch.Tensor) -> torch.Tensor:
     """MASK [n, H, W] of the second features' pictures: where the first picture's ``mask`` is in each of them."""
     found = []
     for number in range(len(second.map(name))):

@@ -63,7 +63,7 @@ class MatchPoint(io.ComfyNode):
 
 
 class TransferMask(io.ComfyNode):
-    """Label propagation by features, as DIFT uses it for video."""
+    """PDM's votes (arXiv 2405.18025) and DIFT's label propagation (arXiv 2306.03881)."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -96,7 +96,7 @@ class FindPicture(io.ComfyNode):
             description="Says which of several pictures shows the masked thing of another picture, by their features.",
             search_aliases=["retrieval", "pdm", "which image contains", "image search", "same object"],
             inputs=[
-                Features.Input("reference", tooltip="Its first picture shows the thing. Preset: DIFT + PDM."),
+                Features.Input("reference", tooltip="Its first picture shows the thing. PDM's maps count too."),
                 Features.Input("candidates", tooltip="Pictures to look in, extracted in the same way."),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="The thing in the reference; without it the whole picture counts."

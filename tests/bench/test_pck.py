@@ -81,3 +81,12 @@ def test_maps_that_know_the_place_are_right(host):
     noise = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     assert pck.right(pck.errors(noise, known), sides)[0] < 0.2
     assert pck.right(pck.guesses(pairs), sides)[0] < 0.3
+
+
+def test_label_propagation_alone_follows_the_cells():
+    a = torch.randn(32, 8, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:32, 8:24] = 1
+    moved = pck.propagated(a, a.roll(3, -1), mask) > 0.5
+    there = mask[0].roll(24, -1) > 0.5
+    assert (moved & there).sum() / (moved | there).sum() > 0.8

@@ -341,16 +341,36 @@ def test_a_mask_moves_with_the_features(monkeypatch, dtype):
     assert ((moved > 0.5) & stayed).sum() / ((moved > 0.5) | stayed).sum() < 0.6
 
 
-def test_votes_are_weighed_by_cosine():
+def test_a_mask_takes_the_votes_of_both_sides():
     a, b, mask = drawn(8, 3, 4), drawn(8, 2, 5, seed=1), torch.rand(3, 4, generator=torch.Generator().manual_seed(2))
-    table = cosines(b.flatten(1).T, a.flatten(1).T)
-    expected = []
+    mask[0] = 0
+    table, label = cosines(b.flatten(1).T, a.flatten(1).T), mask.flatten()
+    own, votes = [], torch.zeros(10)
     for row in table:
         best = sorted(range(12), key=lambda cell: -row[cell])[:3]
         weights = (row[best] / 0.2).exp()
-        expected.append((weights * mask.flatten()[best]).sum() / weights.sum())
-    torch.testing.assert_close(transfer(mask, a, b, nearest=3, temperature=0.2), torch.stack(expected).view(2, 5))
+        own.append((weights * label[best]).sum() / weights.sum())
+    for cell in range(4, 12):
+        for best in sorted(range(10), key=lambda other: -table[other, cell])[: round(float(label.sum()))]:
+            votes[best] += label[cell]
+    expected = (torch.stack(own) * votes / votes.max()).sqrt().view(2, 5)
+    found = transfer(mask, a, b, nearest=3, temperature=0.2)
+    torch.testing.assert_close(found, expected)
+    assert 1 <= round(float(label.sum())) < 10, "else everybody votes for everything"
     torch.testing.assert_close(transfer(torch.ones(3, 4), a, b, nearest=50), torch.ones(2, 5))
+    assert not transfer(torch.zeros(3, 4), a, b).any()
+
+
+def test_another_ground_does_not_take_the_mask():
+    """Grounds that have nothing in common: cells of b's ground are a little nearer to the object than to a's ground."""
+    g = torch.Generator().manual_seed(0)
+    part, ground, other = (torch.nn.functional.normalize(torch.randn(64, generator=g), dim=0) for _ in range(3))
+    there = disc(16, 16, 6, 9, 3)
+    a = torch.where(disc(16, 16, 8, 6, 3), part[:, None, None], ground[:, None, None])
+    b = torch.where(there, part[:, None, None], (other + 0.3 * part)[:, None, None])
+    a, b = (x + 0.03 * torch.randn(x.shape, generator=g) for x in (a, b))
+    found = transfer(disc(16, 16, 8, 6, 3), a, b) > 0.5
+    assert (found & there).sum() / (found | there).sum() > 0.9
 
 
 @pytest.mark.parametrize(

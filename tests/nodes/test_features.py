@@ -88,8 +88,9 @@ def test_the_object_is_found_in_other_pictures(client):
         [np.asarray(client.image(i).convert("L")) / 255 for i in result["outputs"][k]["images"]]
         for k in ("found", "wanted")
     )
-    for one, two in zip(found, wanted, strict=True):  # grounds that the first picture lacks vote for anything
-        assert one[two > 0.5].mean() > 0.7 and one[two > 0.5].mean() > one[two <= 0.5].mean() + 0.2
+    for one, two in zip(found, wanted, strict=True):
+        assert one[two > 0.5].mean() > one[two <= 0.5].mean() + 0.4
+        assert ((one > 0.5) & (two > 0.5)).sum() > 0.45 * ((one > 0.5) | (two > 0.5)).sum()
 
 
 def test_a_point_is_found_in_every_picture(client):
@@ -115,7 +116,7 @@ def test_a_point_is_found_in_every_picture(client):
     del made["by mask"]["inputs"]["mask"]
     made["by mask"]["inputs"] |= {"x": rows[0][0], "y": rows[0][1]}
     again = client.queue(made)
-    assert json.loads(again["outputs"]["by mask"]["text"][0]) == [pytest.approx(row, abs=1e-3) for row in rows]
+    assert json.loads(again["outputs"]["by mask"]["text"][0]) == [pytest.approx(row, abs=0.01) for row in rows]
     made["by mask"]["inputs"]["x"] = 128.5
     assert "outside of the first picture" in client.queue(made)["error"]["exception_message"]
 
