@@ -16,13 +16,29 @@ from . import (  # noqa: E402
     lora,
     matching,
     mix,
+    modulation,
     prompt,
     refine,
     residual,
     toy,
 )
 
-MODULES = [toy, concept_set, learn, residual, kv, lora, refine, prompt, mix, attention, features, matching, files]
+MODULES = [
+    toy,
+    concept_set,
+    learn,
+    residual,
+    kv,
+    lora,
+    modulation,
+    refine,
+    prompt,
+    mix,
+    attention,
+    features,
+    matching,
+    files,
+]
 
 
 class ConceptCarriers(ComfyExtension):
