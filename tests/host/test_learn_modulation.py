@@ -111,6 +111,27 @@ def test_the_first_stage_has_one_direction_and_the_second_adds_to_it(flux):
     assert all((len(v), v.shape[2]) == (3, 64) for v in cached_of(double.tensors, double.info).values())
 
 
+@pytest.mark.parametrize("dtype, cast", [("bfloat16", None), ("float8_e4m3fn", torch.float32)])
+def test_base_weights_of_other_types_stay_and_words_learn(toy, dtype, cast):
+    made = tiny("flux", dtype=getattr(torch, dtype), cast=cast)
+    before = {k: v.detach().clone() for k, v in made.model.model.diffusion_model.named_parameters()}
+    done = learn(made, steps=3, shared_steps=1)
+    assert all(v.dtype == torch.float32 for v in done.concept.tensors.values())
+    assert all(float(v.norm()) > 0 for v in cached_of(done.concept.tensors, done.concept.info).values())
+    after = dict(made.model.model.diffusion_model.named_parameters())
+    assert all(torch.equal(v.view(torch.uint8), after[k].view(torch.uint8)) for k, v in before.items())
+
+
+def test_it_is_no_file_of_other_programs(flux):
+    from concepts.host import folders
+
+    done = learn(flux, steps=1)
+    for folder in ("embeddings", "loras"):
+        with pytest.raises(ValueError, match="only Concept Prompt can do"):
+            folders.home(folder, done.concept)
+    assert folders.home("concepts", done.concept).name == "concepts"
+
+
 def test_times_follow_the_stage(flux):
     from concepts.host.learn_modulation import ModulationSession
 

@@ -419,6 +419,18 @@ def test_with_a_lora_and_learned_tokens(made):
     assert not near(expected, sample(made, conditioning))
 
 
+@pytest.mark.parametrize("dtype, cast", [("bfloat16", None), ("float8_e4m3fn", torch.float32)])
+def test_weights_of_other_types(dtype, cast):
+    small = tiny("flux", dtype=getattr(torch, dtype), cast=cast)
+    small.family = "flux"
+    conditioning = prompt(small, "a <p:hat> and a <p:coat>", taught(small, size=8.0))
+    plain = prompt(small, "a hat and a coat")
+    with naive(small, places_of(conditioning)):
+        expected = sample(small, plain)
+    got, without = sample(small, conditioning), sample(small, plain)
+    assert float((got - expected).norm()) < 0.1 * float((without - expected).norm())
+
+
 def test_stages_of_tokens_beside_words(made):
     """Rows that change with the noise level and directions in one prompt."""
     from concepts.host.text import encoders
