@@ -264,3 +264,31 @@ def test_what_does_not_fit_is_refused(flux):
     other = learn(flux, steps=1, hidden=8).concept
     with pytest.raises(CarrierMismatch, match="continue with the same node"):
         learn(flux, earlier=other)
+
+
+def test_the_graph_learns_saves_loads_and_draws(flux, tmp_path):
+    """Both nodes as a workflow runs them, with a file between them."""
+    from concepts.host.modulation import PROMPTS
+    from concepts.nodes.modulation import LearnModulation
+    from concepts.nodes.prompt import EncodePrompt
+
+    values = {
+        w.id: w.default for w in LearnModulation.define_schema().inputs if getattr(w, "default", None) is not None
+    }
+    values |= {"captions": CAPTIONS, "steps": 3, "shared_steps": 2, "hidden": 16, "isolation_prompts": "a boat"}
+    with torch.inference_mode():
+        done = LearnModulation.execute(
+            model=flux.model, clip=flux.clip, concept_set=pictures(), isolation_set=pictures(seed=2), **values
+        )
+        concept, curve, losses, latents, report = done.args
+        assert "hat: a direction for each of 6 blocks" in report and "isolation loss" in report
+        assert curve.ndim == 4 and len(losses["loss"]) == 3 and latents["samples"].shape[1:] == (16, 8, 8)
+        write_concept(concept, tmp_path / "picture1.safetensors")
+        read = replace(read_concept(tmp_path / "picture1.safetensors"), name="other")
+        made = [
+            EncodePrompt.execute(flux.clip, f"a <{c.name}:hat:2>", 0.5, {"concept0": c}, **more).args[0]
+            for c, more in ((concept, {}), (read, {}), (read, {"directions": "cached"}))
+        ]
+    first, again, cached = (m[0][1][PROMPTS].places[0].directions for m in made)
+    assert torch.equal(first, again) and not torch.equal(again, cached)
+    assert torch.equal(sample(flux, made[0]), sample(flux, made[1]))
