@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import delta
+from . import delta, modulation
 from .errors import CarrierError
 from .mapper import check_mapper, networks, width
 
@@ -31,7 +31,8 @@ class Concept:
     """One of ``KINDS``."""
     tensors: Mapping[str, torch.Tensor]
     """For ``tokens``: rows of the encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32.
-    For ``delta``: the names and shapes of delta.py. For ``mapper``: a network's parts per encoder key (mapper.py)."""
+    For ``delta``: the names and shapes of delta.py. For ``mapper``: a network's parts per encoder key (mapper.py). For
+    ``modulation``: directions per word, and the network that makes them (modulation.py)."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """JSON facts: settings, losses, base model."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -73,6 +74,8 @@ class Concept:
         """Lines about the tensors alone."""
         if self.kind == "delta":
             return delta.lines(self.tensors)
+        if self.kind == "modulation":
+            return modulation.lines(self.tensors, self.info)
         lines = []
         for key, network in networks(self.tensors).items() if self.kind == "mapper" else ():
             count = sum(value.numel() for value in network.values())
@@ -115,4 +118,4 @@ def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[
             )
 
 
-KINDS = {"tokens": _check_tokens, "delta": delta.check, "mapper": check_mapper}
+KINDS = {"tokens": _check_tokens, "delta": delta.check, "mapper": check_mapper, "modulation": modulation.check}

@@ -2,7 +2,8 @@
 
 Plain tokens lie under the encoder's key as [vectors, width], so the file is also a stock ``embedding:name`` file
 (comfy/sd1_clip.py load_embed); deltas lie under their own names, so the file is also a stock LoRA. Everything else is
-under ``concepts.``, mappers under ``concepts.mapper.``; metadata carries a SHA-256 over all of it.
+under ``concepts.``, what no other program knows under its kind, ``concepts.mapper.`` and the like; metadata carries a
+SHA-256 over all of it.
 """
 
 import hashlib
@@ -24,8 +25,10 @@ LARGEST = 1 << 30
 """Bytes; no concept comes near it."""
 LONGEST_HEADER = 16 << 20
 OWN = "concepts."
-TOKENS, STATE, MAPPER = OWN + "tokens.", OWN + "state.", OWN + "mapper."
-SPECS = {"tokens": "textual-inversion", "delta": "lora", "mapper": "neti"}
+TOKENS, STATE = OWN + "tokens.", OWN + "state."
+OURS = ("mapper", "modulation")
+"""Kinds whose tensors no other program could read."""
+SPECS = {"tokens": "textual-inversion", "delta": "lora", "mapper": "neti", "modulation": "tokenverse"}
 """Names of the kinds in https://github.com/Stability-AI/ModelSpec."""
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
@@ -57,8 +60,8 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
 
 def _placed(key: str, value: torch.Tensor, kind: str) -> tuple[str, torch.Tensor]:
     """Name and form in the file: token rows have five axes, nothing else has."""
-    if kind == "mapper":
-        return MAPPER + key, value
+    if kind in OURS:
+        return f"{OWN}{kind}.{key}", value
     if value.dim() != 5:
         return key, value
     return (key, value[0, 0, 0]) if value.shape[:3] == (1, 1, 1) else (TOKENS + key, value)
@@ -66,8 +69,8 @@ def _placed(key: str, value: torch.Tensor, kind: str) -> tuple[str, torch.Tensor
 
 def _taken(key: str, value: torch.Tensor, kind: str) -> tuple[str, torch.Tensor]:
     """What ``_placed`` was given."""
-    if kind == "mapper":
-        return key.removeprefix(MAPPER), value
+    if kind in OURS:
+        return key.removeprefix(f"{OWN}{kind}."), value
     plain = not key.startswith(TOKENS) and (kind == "tokens" or key.startswith(BUNDLE))
     return key.removeprefix(TOKENS), value[None, None, None] if plain else value
 

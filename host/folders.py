@@ -52,6 +52,8 @@ def home(folder: str, concept: Concept) -> Path:
     """
     if folder == KIND:
         return output()
+    if concept.kind == "modulation":
+        raise ValueError(f"<{concept.name}> modulates words, which only Concept Prompt can do; choose concepts.")
     if folder == "embeddings" and concept.kind == "delta" and not bundled(concept.tensors, concept.name):
         raise ValueError(f"<{concept.name}> bundles no token rows, so it is no embedding; choose concepts or loras.")
     if folder == "loras" and concept.kind != "delta":

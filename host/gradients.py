@@ -13,6 +13,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 NORMS = ("LayerNorm", "T5LayerNorm", "RMSNorm")
+AROUND = "concept_around"
+"""Key in ``transformer_options``: functions (block) -> context manager, open while a block is computed once more."""
 BLOCKS = ("BasicTransformerBlock", "ResBlock", "DoubleStreamBlock", "SingleStreamBlock", "JointBlock")
 
 
@@ -69,20 +71,27 @@ def safe_residuals(*modules: torch.nn.Module):
             handle.remove()
 
 
-def _recomputed(forward):
-    """``forward`` under checkpointing: frozen options and inputs of its own, so that a recompute sees what it saw."""
+def _recomputed(block):
+    """A block's forward under checkpointing: frozen options and inputs of its own, so that a recompute sees what it
+    saw, and within whatever ``AROUND`` asks for, because what was on the block for one call is gone by then."""
+    forward = block.forward
 
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         options = {k: dict(v) for k, v in kwargs.items() if k == "transformer_options" and isinstance(v, dict)}
         names = [k for k, v in kwargs.items() if torch.is_tensor(v)]
+        runs = []
 
         def inner(*tensors):
             tensors = [t.clone() if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors]
             given = dict(zip(names, tensors[len(args) :], strict=True))
             fresh = {k: dict(v) for k, v in options.items()}
-            return forward(*tensors[: len(args)], **{**kwargs, **fresh, **given})
+            with contextlib.ExitStack() as stack:
+                for around in fresh.get("transformer_options", {}).get(AROUND, ()) if runs else ():
+                    stack.enter_context(around(block))
+                runs.append(True)
+                return forward(*tensors[: len(args)], **{**kwargs, **fresh, **given})
 
         return checkpoint(inner, *args, *(kwargs[k] for k in names), use_reentrant=False)
 
@@ -98,7 +107,7 @@ def checkpointed(*modules: torch.nn.Module):
     blocks = [part for module in modules for part in module.modules() if type(part).__name__ in BLOCKS]
     kept = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
-        block.forward = _recomputed(block.forward)
+        block.forward = _recomputed(block)
     try:
         yield
     finally:

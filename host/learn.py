@@ -91,6 +91,11 @@ class Session:
         """Name -> scalar, summed to the loss; ``diffusion`` is the one that before and after are compared by."""
         return {"diffusion": self.diffusion(parameters, pictures, captions, when, draw)}
 
+    def times(self, count: int, step: int, draw: torch.Generator) -> torch.Tensor:
+        """Training times [count] of a step."""
+        s = self.settings
+        return times(count, s.time_law, s.time_low, s.time_high, draw)
+
     def facts(self) -> dict:
         """What else the concept's info says."""
         return {}
@@ -148,7 +153,7 @@ class Session:
         s = self.settings
         draw = generator(s.seed, step * s.accumulate + micro, "step")
         pictures, captions = self.data.draw(s.batch, draw)
-        when = times(len(pictures), s.time_law, s.time_low, s.time_high, draw)
+        when = self.times(len(pictures), step, draw)
         found = self.losses(parameters, pictures, captions, when, draw)
         if len(found) > 1:
             for name, value in found.items():

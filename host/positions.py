@@ -9,26 +9,10 @@ from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from .text import PLACEHOLDER, Encoder, concept_rows, encoders, fill, with_rows
 from .variants import layers_of
+from .words import placed, unmarked
 
 CHUNK = 77
 """Tokens of one piece of a CLIP prompt."""
-
-
-def placed(encoder: Encoder, tokens: Mapping, offset: int = 0) -> tuple[list, list, int]:
-    """Words and marks of start and end as (token, row), pads left out, and the rows of the whole prompt.
-
-    ``tokens``: what ``clip.tokenize`` gives; learned rows are tensors.
-    """
-    words, marks, total = [], [], 0
-    ends = (encoder.tokenizer.start_token, encoder.tokenizer.end_token)
-    for chunk in tokens[encoder.slot]:
-        for position, (token, *_) in enumerate(chunk):
-            special = not torch.is_tensor(token) and token in ends
-            (marks if special else words).append((token, offset + total + position))
-            if special and token == ends[1]:
-                break
-        total += len(chunk)
-    return words, marks, total
 
 
 def aligned(encoder: Encoder, tokens: Mapping, reference: Mapping) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
@@ -68,8 +52,8 @@ def read_from(model, clip) -> list[Encoder]:
     if layers_of(model.model.diffusion_model):
         return found[:1]
     t5 = [e for e in found if e.key == "t5xxl"]
-    if kind == "Flux" and t5:
-        return t5
+    if kind == "Flux" and (t5 or len(found) == 1):
+        return t5 or found
     if kind == "SD3":
         return [*[e for e in found if e.key != "t5xxl"][:1], *t5]
     raise CarrierMismatch(
@@ -83,6 +67,7 @@ def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str
     ``wanted``: plain words of the prompt, or ``<name>`` of a concept. Raises: ValueError for a word that is not there.
     """
     used, names, table = read_from(model, clip), {}, {}
+    text, concepts = unmarked(text)[0], [c for c in concepts if c.kind != "modulation"]
     for number, concept in enumerate(concepts):
         names[concept.name] = f"embedding:place-{number}"
         table[f"place-{number}"] = {
@@ -102,7 +87,7 @@ def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str
                 mine = ("concept", list(names).index(name[1]))
                 rows[word] += [row for i, (_, row) in zip(ids, words, strict=True) if i == mine]
                 continue
-            pieces = encoder.ids(word)
+            pieces = encoder.ids(unmarked(word)[0])
             for start in range(len(ids) - len(pieces) + 1):
                 if pieces and ids[start : start + len(pieces)] == pieces:
                     rows[word] += [row for _, row in words[start : start + len(pieces)]]

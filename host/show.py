@@ -11,6 +11,7 @@ from ..carriers.errors import CarrierMismatch
 from ..kernels.draws import generator
 from .attention import AttentionTap, JointTap, Layer, maps_of
 from .denoise import Denoiser, sigmas_at
+from .modulation import ALONE
 from .overlays import background, grid, mask_of
 from .positions import columns_of
 from .text import encode_prompt
@@ -39,7 +40,7 @@ def changed(entry: list) -> tuple[list, object]:
         given = comfy.patcher_extension.copy_nested_dicts(given)
         for more in options:
             comfy.patcher_extension.merge_nested_dicts(given, more, copy_dict1=False)
-        return given
+        return {**given, ALONE: True} if options else given
 
     return [entry[0], facts], change
 

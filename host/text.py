@@ -11,6 +11,8 @@ from comfy.sd1_clip import SDTokenizer
 from ..carriers.concept import Concept
 from ..carriers.delta import bundled
 from ..carriers.errors import CarrierMismatch
+from . import modulation, words
+from .gradients import ordinary
 from .neti import places, read, with_bypass
 from .variants import Grid, attach
 
@@ -195,12 +197,13 @@ def _widths(found: list[Encoder]) -> str:
     return ", ".join(f"{e.key} ({e.width})" for e in found)
 
 
-def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
-    """Prompt with ``<name>`` placeholders -> the host's CONDITIONING.
+def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached: bool = False):
+    """Prompt with ``<name>`` placeholders and ``<name:word>`` marks -> the host's CONDITIONING.
 
     Without a placeholder, and for strength 0 up to the plain word, this is the stock encoder bit for bit. A delta
     stands for the rows it bundles, or for the words it was learned with. Concepts with rows per stage, layer or role
-    are encoded once per variant and travel in the conditioning (variants.py).
+    are encoded once per variant and travel in the conditioning (variants.py), and so do the directions of marked words
+    (modulation.py), which change nothing of what is encoded; ``cached``: those stored with the concept.
     Raises: ValueError for an unknown or doubled name, CarrierMismatch for a concept that does not fit.
     """
     by_name: dict[str, tuple[Concept, float]] = {}
@@ -210,6 +213,8 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
                 f"Two connected concepts are both called <{concept.name}>; rename one of them when loading it."
             )
         by_name[concept.name] = (concept, strength)
+    text, marks = words.unmarked(text)
+    marked_words = words.taught(marks, by_name)
     wanted = list(dict.fromkeys(PLACEHOLDER.findall(text)))
     unknown = [f"<{n}>" for n in wanted if n not in by_name]
     if unknown:
@@ -221,6 +226,9 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
     names, shown, rows, bypasses = {}, [], [], []
     for name in wanted:
         given, strength = by_name[name]
+        if given.kind == "modulation":
+            known = ", ".join(f"<{name}:{word}>" for word in given.info["words"])
+            raise ValueError(f"<{name}> teaches single words; write one of {known} in the place of <{name}>.")
         given, bypass = read(given) if given.kind == "mapper" else (given, {})
         concept = as_tokens(given)
         if concept is None:
@@ -258,7 +266,43 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]]):
                 own = {key: value[stage, layer][None] for key, value in bypass.items()}
                 entries = [[with_bypass(cond, found, own, strength), extra] for cond, extra in entries]
         encoded.append(entries)
-    return encoded[0] if len(encoded) == 1 else [attach(list(entries), grid) for entries in zip(*encoded, strict=True)]
+    done = encoded[0] if len(encoded) == 1 else [attach(list(entries), grid) for entries in zip(*encoded, strict=True)]
+    if not marked_words:
+        return done
+    return modulated(clip, done, marked_words, text, lambda t: used.tokenize(fill(t, names)), cached)
+
+
+def modulated(clip, entries: list, marked: list[words.Word], text: str, tokenize, cached: bool) -> list:
+    """CONDITIONING whose marked words are modulated. ``tokenize``: as it was made of the unmarked ``text``.
+
+    Raises: CarrierMismatch when the CLIP lacks an encoder that a concept reads; ValueError as ``words.rows_of`` does.
+    """
+    here, rows = {e.key: e for e in encoders(clip)}, [[] for _ in marked]
+    for keys in dict.fromkeys(tuple(w.concept.info["encoders"]) for w in marked):
+        lost = [key for key in keys if key not in here]
+        if lost:
+            (name, *_) = (w.concept.name for w in marked if tuple(w.concept.info["encoders"]) == keys)
+            raise CarrierMismatch(
+                f"Concept <{name}> modulates words by their rows of {', '.join(lost)}, this CLIP has "
+                f"{_widths(list(here.values()))}; connect the model's own text encoders."
+            )
+        found = words.rows_of(tokenize, [here[key] for key in keys], text, [w.mark for w in marked])
+        rows = [
+            f if tuple(w.concept.info["encoders"]) == keys else r for w, f, r in zip(marked, found, rows, strict=True)
+        ]
+    result = []
+    for entry in entries:
+        made = [
+            modulation.Place(
+                tuple(own),
+                ordinary(words.directions_of(w, entry[0][0, own], cached)),
+                tuple(w.concept.info["blocks"]),
+                w.mark.name,
+            )
+            for w, own in zip(marked, rows, strict=True)
+        ]
+        result.append(modulation.attach(entry, made))
+    return result
 
 
 def variant(rows: torch.Tensor, cell: tuple[int, int, int]) -> torch.Tensor:

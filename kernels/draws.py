@@ -32,3 +32,13 @@ def times(count: int, law: str, low: float, high: float, draw: torch.Generator) 
         elif law != "uniform":
             raise ValueError(f"Unknown timestep law {law!r}; known: {', '.join(LAWS)}.")
     return low + (high - low) * u
+
+
+def split_times(count: int, border: float, share: float, draw: torch.Generator) -> torch.Tensor:
+    """Training times of which ``share`` lie in [border, 1] and the rest below, uniform in either part.
+
+    TokenVerse (arXiv 2501.12224): border 0.8, share 0.92 and then 0.08. Returns: [count], fp64.
+    """
+    above = torch.rand(count, generator=draw, dtype=torch.float64) < share
+    u = torch.rand(count, generator=draw, dtype=torch.float64)
+    return torch.where(above, border + (1 - border) * u, border * u)

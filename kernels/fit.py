@@ -20,6 +20,8 @@ class Adam:
     """Decoupled weight decay; vectors (last axis) that this step did not use, whose gradient is zero, keep theirs."""
     clip: float = 0.0
     """Largest norm of the gradient over all parameters; 0 for any."""
+    late: Mapping[str, int] = field(default_factory=dict)
+    """Steps before which a parameter stays as it is; its moments begin then."""
 
     def start(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fresh moments."""
@@ -28,12 +30,15 @@ class Adam:
 
     def update(self, parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
         """One step in place, with ``.grad`` of each parameter; ``state["step"]`` counts from 1."""
-        count, (b1, b2) = int(state["step"]), self.betas
+        b1, b2 = self.betas
+        counts = {k: int(state["step"]) - self.late.get(k, 0) for k in parameters}
+        parameters = {k: p for k, p in parameters.items() if counts[k] > 0}
         if self.clip:
             grads = [p.grad for p in parameters.values()]
             norm = torch.stack([g.norm() for g in grads]).norm()
             torch._foreach_mul_(grads, (self.clip / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
         for key, parameter in parameters.items():
+            count = counts[key]
             first, second, grad = state[f"first.{key}"], state[f"second.{key}"], parameter.grad
             if self.decay:
                 used = (grad != 0).any(-1, keepdim=True)

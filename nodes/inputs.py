@@ -46,8 +46,12 @@ def pace(steps: int, rate: float, steps_tip: str, rate_tip: str) -> list:
     ]
 
 
-def noise(accumulate: int = 1) -> list:
-    """Accumulation, noise levels and mask."""
+def noise(
+    accumulate: int = 1,
+    laws: tuple[str, ...] = LAWS,
+    law_tip: str = "Which noise levels are trained. logit-normal is usual for SD3 and Flux.",
+) -> list:
+    """Accumulation, noise levels (the first of ``laws`` unless said otherwise) and mask."""
     return [
         io.Int.Input(
             "accumulate",
@@ -57,13 +61,7 @@ def noise(accumulate: int = 1) -> list:
             advanced=True,
             tooltip="Batches per optimiser step: the effect of a larger batch without its memory.",
         ),
-        io.Combo.Input(
-            "timestep_law",
-            options=list(LAWS),
-            default="uniform",
-            advanced=True,
-            tooltip="Which noise levels are trained. logit-normal is usual for SD3 and Flux.",
-        ),
+        io.Combo.Input("timestep_law", options=list(laws), default=laws[0], advanced=True, tooltip=law_tip),
         io.Float.Input(
             "timestep_low",
             default=0.0,

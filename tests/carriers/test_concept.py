@@ -6,7 +6,8 @@ import torch
 from concepts.carriers.concept import Concept
 from concepts.carriers.delta import bundled
 from concepts.carriers.errors import CarrierError
-from concepts.kernels import neti
+from concepts.carriers.modulation import words
+from concepts.kernels import controller, neti
 
 
 def tokens(n=2, width=8):
@@ -140,3 +141,58 @@ def test_what_is_not_a_mapper_is_refused(tensors, info, message):
 def test_summary_of_a_mapper():
     text = Concept("mug", "mapper", mapper(), MAPPER).summary()
     assert "clip_l: a network of" in text and "2 layers and 2 times, 4 width; norm 0.500" in text
+
+
+def modulation(**changes):
+    """Two words, one of two pieces, and the network that makes them."""
+    g = torch.Generator().manual_seed(3)
+    network = controller.start(5, 6, 2, 4, g)
+    tensors = {"word.0": torch.randn(2, 1, 6, generator=g), "word.1": torch.randn(1, 2, 6, generator=g)}
+    tensors |= {f"controller.{k}": v for k, v in network.items()}
+    info = {
+        "words": ["hat", "computer mouse"],
+        "blocks": ["double.0", "single.0"],
+        "encoders": ["t5xxl"],
+        "input": "dense",
+    }
+    return tensors, info | changes
+
+
+@pytest.mark.parametrize(
+    "change, info, message",
+    [
+        ({}, {"words": []}, "does not say which words"),
+        ({}, {"words": ["hat", "hat"]}, "does not say which words"),
+        ({}, {"words": ["hat", "a:b"]}, "does not say which words"),
+        ({}, {"blocks": "double.0"}, "does not say which words"),
+        ({}, {"encoders": None}, "does not say which words"),
+        ({"word.2": torch.zeros(1, 1, 6)}, {}, "word.2 is not known"),
+        ({"word.1": None}, {}, "word.1 is missing"),
+        ({"controller.block.gate": None}, {}, "block.gate is missing"),
+        ({"controller.more": torch.zeros(1)}, {}, "not known"),
+        ({"word.0": torch.zeros(3, 1, 6)}, {}, "does not fit 2 blocks"),
+        ({"word.0": torch.zeros(6)}, {}, "does not fit"),
+        ({"word.1": torch.zeros(1, 0, 6)}, {}, "does not fit"),
+        ({"word.1": torch.zeros(1, 2, 7)}, {}, "does not fit 2 blocks of width 6"),
+        ({"controller.block.gate": torch.ones(3, 4)}, {}, "does not fit"),
+        ({"controller.shared.in.weight": torch.zeros(4)}, {}, "does not fit"),
+        ({"word.0": torch.full((1, 1, 6), float("nan"))}, {}, "not finite"),
+        ({"controller.block.out.weight": torch.full((6, 4), float("inf"))}, {}, "not finite"),
+    ],
+)
+def test_what_is_not_a_modulation_is_refused(change, info, message):
+    tensors, facts = modulation(**info)
+    with pytest.raises(CarrierError, match=message):
+        Concept("p", "modulation", {k: v for k, v in (tensors | change).items() if v is not None}, facts)
+
+
+def test_a_modulation_with_and_without_its_network_or_biases():
+    tensors, info = modulation()
+    whole = Concept("p", "modulation", tensors, info)
+    assert list(words(whole.tensors, whole.info)) == ["hat", "computer mouse"]
+    lines = "\n".join(whole.contents())
+    assert "hat: a direction for each of 2 blocks, 1 pieces, 6 width" in lines and "5 inputs" in lines
+    assert "computer mouse: one direction for all blocks, 2 pieces" in lines
+    cached = Concept("p", "modulation", {k: v for k, v in tensors.items() if k.startswith("word.")}, info)
+    assert "no network" in cached.summary()
+    Concept("p", "modulation", {k: v for k, v in tensors.items() if not k.endswith(".bias")}, info)

@@ -22,7 +22,7 @@ from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierFileError
 from concepts.carriers.files import parse, read_concept, write_concept, write_new
 from concepts.carriers.foreign import read_any
-from concepts.kernels import neti
+from concepts.kernels import controller, neti
 
 HERE = Path(__file__).parent
 PREAMBLE = f"""
@@ -86,10 +86,27 @@ def mapper() -> Concept:
     )
 
 
+def modulation() -> Concept:
+    """Two words, one for all blocks and one for each, and the network that makes them."""
+    network = controller.start(3, 4, 2, 5, torch.Generator().manual_seed(0))
+    tensors = {"word.0": torch.arange(8.0).reshape(2, 1, 4) / 8, "word.1": torch.arange(12.0).reshape(1, 3, 4) / 8}
+    tensors |= {
+        f"controller.{k}": torch.arange(v.numel(), dtype=torch.float32).reshape(v.shape) / 8 for k, v in network.items()
+    }
+    info = {
+        "words": ["hat", "northern lights"],
+        "blocks": ["double.0", "single.0"],
+        "encoders": ["t5xxl"],
+        "input": "dense",
+    }
+    return Concept("picture1", "modulation", tensors, info, {"first.controller.block.gate": torch.ones(2, 5)})
+
+
 FILES = [
     (golden, "golden_tokens_v1.safetensors"),
     (golden_delta, "golden_delta_v1.safetensors"),
     (mapper, "golden_mapper_v1.safetensors"),
+    (modulation, "golden_modulation_v1.safetensors"),
 ]
 
 
@@ -102,7 +119,7 @@ def same(a: Concept, b: Concept) -> bool:
     )
 
 
-@pytest.mark.parametrize("made", [golden, layered, golden_delta, mapper])
+@pytest.mark.parametrize("made", [golden, layered, golden_delta, mapper, modulation])
 def test_round_trip(made, tmp_path):
     write_concept(made(), tmp_path / "a.safetensors", {"prompt": json.dumps({"1": {}})})
     assert same(read_concept(tmp_path / "a.safetensors"), made())
@@ -190,7 +207,7 @@ def mutations(data: bytes, count: int, seed: int):
             yield data.replace(word, word[:-1] + bytes([draw.randrange(33, 126)]), 1)
 
 
-@pytest.mark.parametrize("made", [golden, layered, golden_delta, mapper])
+@pytest.mark.parametrize("made", [golden, layered, golden_delta, mapper, modulation])
 def test_damaged_files_are_refused_with_a_sentence(made, tmp_path):
     path = tmp_path / "a.safetensors"
     write_concept(made(), path, {"prompt": "{}"})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from concepts.kernels.draws import LAWS, generator, times
+from concepts.kernels.draws import LAWS, generator, split_times, times
 from concepts.kernels.losses import exclusion, masked_mse, pair_distance, residual
 
 
@@ -25,6 +25,16 @@ def test_times_stay_in_range_and_follow_their_law(law):
     assert t.min() >= 0.2 and t.max() <= 0.8
     mean = {"uniform": 0.5, "logit-normal": 0.5, "high noise": 0.6, "low noise": 0.4}[law]
     assert float(t.mean()) == pytest.approx(mean, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [0.92, 0.08])
+def test_split_times_fall_on_either_side_by_their_share(share):
+    t = split_times(20000, 0.8, share, torch.Generator().manual_seed(0))
+    above = t >= 0.8
+    assert t.min() >= 0 and t.max() <= 1 and float(above.double().mean()) == pytest.approx(share, abs=0.01)
+    assert float(t[above].mean()) == pytest.approx(0.9, abs=0.01) and float(t[~above].mean()) == pytest.approx(
+        0.4, abs=0.02
+    )
 
 
 def test_an_empty_range_is_refused():

@@ -28,6 +28,22 @@ def run(optimiser, *lengths, accumulate=1):
     return parameters, losses
 
 
+def test_late_parameters_wait_and_then_learn_as_if_they_began_then():
+    def apart(parameters, step, micro):
+        return sum((p - TARGET).square().mean() for p in parameters.values())
+
+    def after(optimiser, names, steps):
+        parameters = {k: v for k, v in start().items() if k in names}
+        for _ in fit(parameters, apart, optimiser, steps):
+            pass
+        return {k: v.detach() for k, v in parameters.items()}
+
+    waited = after(Adam(0.03, late={"b": 4}), "ab", 4)
+    assert torch.equal(waited["b"], start()["b"]) and torch.equal(waited["a"], after(Adam(0.03), "a", 4)["a"])
+    both, alone = after(Adam(0.03, late={"b": 4}), "ab", 10), after(Adam(0.03), "b", 6)
+    assert torch.equal(both["b"], alone["b"])
+
+
 def test_adam_equals_torch():
     ours, _ = run(Adam(0.03), 25)
     theirs = {k: v.requires_grad_() for k, v in start().items()}

@@ -1,0 +1,120 @@
+"""What five modulated words cost while sampling, against the same prompt without directions.
+
+Flux's own class with all its blocks (19 double, 38 single) at an eighth of its width, random weights, a text of 256
+rows, 512 px, stock sampler; in pairs that take turns in one process. Five words of one and of three rows each, with a
+direction for every block; without a negative, as Flux samples, and with one. ``nox -s bench -- modulation_cost``
+"""
+
+import json
+import os
+import sys
+import time
+
+import torch
+
+from . import toy
+from .runner import RESULTS, machine, noisy, ratio, reference
+
+PAIRS, GOAL, STEPS, SIDE, TEXT, WIDTH, ROWS = 5, 1.10, 4, 64, 256, 384, 1024
+PIECES = (1, 3)
+SIDES = {"no negative": 1.0, "with a negative": 3.0}
+
+
+def model():
+    """MODEL with seeded weights."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    given = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 64}
+    given |= {"context_in_dim": ROWS, "hidden_size": WIDTH, "mlp_ratio": 4.0, "num_heads": 3, "depth": 19}
+    given |= {"depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True}
+    config = comfy.supported_models.Flux({**given, "guidance_embed": True, "txt_ids_dims": []})
+    config.set_inference_dtype(torch.float32, None)
+    cpu, draw = torch.device("cpu"), torch.Generator().manual_seed(0)
+    made = comfy.model_base.Flux(config, device=cpu)
+    for name, value in made.diffusion_model.named_parameters():
+        if value.dim() > 1:
+            value.data.copy_(torch.randn(value.shape, generator=draw) / value[0].numel() ** 0.5)
+        else:
+            value.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    return comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu)
+
+
+def conditionings(patcher) -> dict:
+    """Name -> conditioning: one plain text, and the same with words."""
+    from concepts.host import modulation
+
+    draw = torch.Generator().manual_seed(1)
+    text = torch.randn(1, TEXT, ROWS, generator=draw)
+    plain = [text, {"pooled_output": torch.randn(1, 64, generator=draw)}]
+    blocks = modulation.chosen_blocks(patcher.model.diffusion_model, "all")
+    found = {"plain": [plain]}
+    for pieces in PIECES:
+        places = [
+            modulation.Place(
+                tuple(range(8 * word + 2, 8 * word + 2 + pieces)),
+                0.1 * torch.randn(pieces, len(blocks), WIDTH, generator=draw),
+                blocks,
+                "words",
+            )
+            for word in range(5)
+        ]
+        found[f"5 words of {pieces}"] = [modulation.attach(plain, places)]
+    return found
+
+
+@torch.inference_mode()
+def seconds(patcher, positive, negative, cfg: float) -> float:
+    """Of one stock sampling."""
+    import comfy.sample
+
+    noise = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
+    begun = time.perf_counter()
+    comfy.sample.sample(
+        patcher,
+        noise,
+        STEPS,
+        cfg,
+        "euler",
+        "simple",
+        positive,
+        negative,
+        torch.zeros_like(noise),
+        seed=0,
+        disable_pbar=True,
+    )
+    return time.perf_counter() - begun
+
+
+def main(options, rest) -> int:
+    load, products = os.getloadavg()[0], [reference()]
+    toy.host()
+    with torch.inference_mode():
+        patcher = model()
+        found = conditionings(patcher)
+        negative = [[torch.randn(1, TEXT, ROWS), {"pooled_output": torch.randn(1, 64)}]]
+    plain, table = found.pop("plain"), {}
+    for side, cfg in SIDES.items():
+        seconds(patcher, plain, negative, cfg)
+        for name, words in found.items():
+            seconds(patcher, words, negative, cfg)
+            pairs = []
+            for number in range(PAIRS):
+                order = (plain, words) if number % 2 == 0 else (words, plain)
+                taken = [seconds(patcher, c, negative, cfg) for c in order]
+                pairs.append(taken if number % 2 == 0 else taken[::-1])
+            products.append(reference())
+            both, one = [b for _, b in pairs], [a for a, _ in pairs]
+            table[f"{name}, {side}"] = dict(zip(("with / without", "from", "to"), ratio(both, one), strict=True))
+    why = noisy(products, load)
+    if why and not options.accept_noise:
+        print(f"No report: {why}.", file=sys.stderr)
+        return 3
+    for name, row in table.items():
+        middle, low, high = row.values()
+        verdict = "reached" if middle <= GOAL else "MISSED"
+        print(f"{name:30s} {middle:.3f} ({low:.3f}..{high:.3f}) of the plain prompt's time; goal {GOAL}: {verdict}")
+    report = {"noise": why, "reference_gflops": products, "machine": machine(), "goal": GOAL, "table": table}
+    (RESULTS / "modulation_cost.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0

@@ -1,0 +1,286 @@
+"""TokenVerse (arXiv 2501.12224): words of a picture's captions learned as directions in the model's modulation space.
+
+One network (kernels/controller.py) reads each marked word's row of the text and gives its direction; text encoder and
+model stay as they are. First it learns one direction for all blocks, mostly at high noise, then also what each block
+adds, mostly below. Optional isolation: in half of the steps the picture stands beside one of something else, whose half
+must come out as without directions.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+
+from ..carriers import modulation as carrier
+from ..carriers.concept import Concept
+from ..kernels.controller import BLOCK_PARTS, dense, directions, start
+from ..kernels.draws import generator, split_times
+from ..kernels.fit import Adam
+from ..kernels.losses import masked_mse, residual
+from . import modulation
+from .captions import Prompts
+from .class_pictures import draw_class
+from .concept_set import ConceptSet
+from .denoise import sigmas_at
+from .gradients import ordinary
+from .learn import RunSettings, Session
+from .positions import read_from
+from .words import CAPTION, rows_of, unmarked
+
+LAW = "two stages"
+BORDER, SHARE = 0.8, 0.92
+"""First stage: so many of the times above the border; second stage: so many below."""
+HALVES = "A picture divided into two parts. The left part is {}. The right part is {}."
+OTHERS = (
+    *("a bowl of fruit on a table", "a lighthouse by the sea", "a bicycle against a wall", "a snowy mountain"),
+    *("a street at night", "a sleeping cat", "an old book", "a hot air balloon", "a red car", "a field of sunflowers"),
+    *("a cup of coffee", "a wooden chair", "a sailing boat", "a city skyline", "a dog in the park", "a waterfall"),
+    *("a slice of cake", "a train station", "a garden with roses", "a stone bridge", "a clock on a shelf"),
+    *("a desert with dunes", "a farm with a barn", "a guitar", "a bridge in the fog"),
+)
+"""What the pictures beside the concept's show when nobody says: as many as in the paper."""
+
+
+@dataclass(frozen=True)
+class ModulationSettings(RunSettings):
+    """How directions are learned."""
+
+    captions: str = ""
+    """Lines with marked words; an empty line begins those of the next picture, if there is one block per picture."""
+    shared_steps: int = 800
+    """Steps, those of earlier runs included, that learn one direction for all blocks; later ones learn each block's."""
+    blocks: str = "all"
+    """One of ``modulation.CHOICES``."""
+    hidden: int = 768
+    guidance: float = 1.0
+    """Of models that have it distilled (Flux), while learning."""
+    isolation: float = 0.0
+    """Weight of the isolation loss, 1 in our reading of the paper; 0 for none."""
+    isolation_prompts: str = ""
+    """Lines: what the other pictures show; empty for ``OTHERS``."""
+    time_law: str = LAW
+
+
+class ModulationSession(Session):
+    """Directions of marked words out of one small network."""
+
+    kind = "modulation"
+    input = "dense"
+    """What the network reads of a row, as ``read`` makes it: one of ``words.READINGS``."""
+    biases = True
+    """Of the network's hidden layers."""
+
+    def __init__(
+        self,
+        model,
+        clip,
+        data: ConceptSet,
+        settings: ModulationSettings,
+        earlier: Concept | None = None,
+        *,
+        others: ConceptSet | None = None,
+    ):
+        """``others``: pictures of something else for the isolation loss, one per line of ``isolation_prompts``.
+
+        Raises: ValueError for captions that mark no word or not the same ones, CarrierMismatch for a model without
+        modulation of text tokens.
+        """
+        super().__init__(model, clip, replace(data, captions=captions(settings.captions, data)), settings, earlier)
+        self.blocks = modulation.chosen_blocks(model.model.diffusion_model, settings.blocks)
+        self.used = read_from(model, clip)
+        self.words = sorted({m.word for texts in self.data.captions for t in texts for m in unmarked(t, CAPTION)[1]})
+        self.others, self.beside = others, _lines(settings.isolation_prompts) or list(OTHERS)
+        if settings.isolation:
+            self.passes = 2
+            self._check_isolation(data, others)
+
+    def _check_isolation(self, data: ConceptSet, others: ConceptSet | None) -> None:
+        shapes = {tuple(v.shape) for v in data.latents}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"The isolation loss lays pictures side by side, and these have {len(shapes)} sizes; make them equal, "
+                "or set isolation to 0."
+            )
+        if others is None:
+            return
+        if {tuple(v.shape) for v in others.latents} != shapes:
+            raise ValueError("The pictures of isolation_set must be as large as those of concept_set.")
+        if len(others.latents) != len(self.beside) or not _lines(self.settings.isolation_prompts):
+            raise ValueError(
+                f"isolation_set has {len(others.latents)} pictures and isolation_prompts {len(self.beside)} lines; "
+                "write one line per picture, what it shows."
+            )
+
+    def gather(self):
+        """Draws the pictures beside the concept's that nobody connected, as large as these."""
+        if self.settings.isolation and self.others is None:
+            s, like = self.settings, self.data.latents[0]
+            made = [
+                draw_class(self.model, self.clip, t, 1, like, (s.seed + i) % 2**64) for i, t in enumerate(self.beside)
+            ]
+            self.others = replace(
+                made[0],
+                latents=tuple(m.latents[0] for m in made),
+                masks=(None,) * len(made),
+                captions=tuple((t,) for t in self.beside),
+                mirrored=(False,) * len(made),
+            )
+
+    def prepare(self):
+        """The network at its start; captions encoded once, with the rows of their words."""
+        s, texts = self.settings, sorted({t for options in self.data.captions for t in options})
+        self.index = {t: i for i, t in enumerate(texts)}
+        self.aside = [self.denoiser.clean(ordinary(v)[None]) for v in self.others.latents] if s.isolation else []
+        self.plain = Prompts(self.clip, [unmarked(t, CAPTION)[0] for t in texts], "", {})
+        self.plain.ready()
+        self.encoded = [self._entry(self.plain, i) for i in range(len(texts))]
+        self.rows = [self._rows(t) for t in texts]
+        inputs, width = self.read(self.encoded[0][0][0, :1]).shape[-1], self.model.model.diffusion_model.hidden_size
+        draw = generator(s.seed, 0, "start controller")
+        made = start(inputs, width, len(self.blocks), s.hidden, draw, self.biases)
+        values = {carrier.CONTROLLER + k: v.to(self.denoiser.device) for k, v in made.items()}
+        late = {carrier.CONTROLLER + k: s.shared_steps for k in BLOCK_PARTS}
+        return values, Adam(s.learning_rate, clip=1.0, late=late)
+
+    def read(self, features: torch.Tensor) -> torch.Tensor:
+        """Inputs [n, m] of the network out of rows [n, width] of the text."""
+        return dense(features)
+
+    def _entry(self, prompts: Prompts, index: int) -> list:
+        with torch.no_grad():
+            cond, extra = prompts.encode(index, {})
+        return [cond.detach(), {**extra, "guidance": self.settings.guidance}]
+
+    def _rows(self, text: str) -> list[tuple[str, list[int]]]:
+        """(word, rows of the context) of every mark of a caption."""
+        plain, marks = unmarked(text, CAPTION)
+        found = rows_of(self.clip.tokenize, self.used, plain, marks)
+        return [(mark.word, rows) for mark, rows in zip(marks, found, strict=True)]
+
+    def _directions(self, parameters, features: torch.Tensor) -> torch.Tensor:
+        own = {k.removeprefix(carrier.CONTROLLER): v for k, v in parameters.items()}
+        device = next(iter(own.values())).device
+        return directions(own, self.read(features.to(device, torch.float32)))
+
+    def _placements(self, parameters, entries: list, rows: list) -> list[modulation.Placement]:
+        """Every sample's words, each with its own rows and directions."""
+        made = []
+        for sample, (entry, words) in enumerate(zip(entries, rows, strict=True)):
+            every = [row for _, own in words for row in own]
+            place = modulation.Place(
+                tuple(every), self._directions(parameters, entry[0][0, every]), self.blocks, self.settings.name
+            )
+            made.append(modulation.Placement((sample,), place))
+        return made
+
+    def condition(self, parameters, pictures, captions, sigma):
+        """The pictures' captions, their words modulated."""
+        texts = [self.index[self.data.captions[i][c]] for i, c in zip(pictures, captions, strict=True)]
+        entries = [self.encoded[t] for t in texts]
+        return entries, modulation.modulating(self._placements(parameters, entries, [self.rows[t] for t in texts]))
+
+    def times(self, count, step, draw):
+        """The paper's law, or that of every learner."""
+        if self.settings.time_law != LAW:
+            return super().times(count, step, draw)
+        return split_times(count, BORDER, SHARE if step < self.settings.shared_steps else 1 - SHARE, draw)
+
+    def losses(self, parameters, pictures, captions, when, draw):
+        """The diffusion loss; in half of the steps beside another picture, with the isolation loss on its half."""
+        if not self.settings.isolation:
+            return super().losses(parameters, pictures, captions, when, draw)
+        if float(torch.rand((), generator=draw)) < 0.5:
+            found = super().losses(parameters, pictures, captions, when, draw)
+            return {**found, "isolation": torch.zeros(())}
+        return self._isolated(parameters, pictures, captions, when, draw)
+
+    def _isolated(self, parameters, pictures, captions, when, draw) -> dict[str, torch.Tensor]:
+        d, chosen = self.denoiser, torch.randint(len(self.aside), (len(pictures),), generator=draw).tolist()
+        left, right = (torch.cat([v[i] for i in n]) for v, n in ((self.clean, pictures), (self.aside, chosen)))
+        clean = torch.cat([left, right], -1)
+        noise = torch.randn(clean.shape, generator=draw).to(d.device)
+        sigma = sigmas_at(d.sampling, when).to(d.device)
+        x = d.noised(clean, noise, sigma)
+        texts = [
+            HALVES.format(self.data.captions[i][c], self.beside[o])
+            for i, c, o in zip(pictures, captions, chosen, strict=True)
+        ]
+        both = Prompts(self.clip, [unmarked(t, CAPTION)[0] for t in texts], "", {})
+        entries, rows = [self._entry(both, i) for i in range(len(texts))], [self._rows(t) for t in texts]
+        with torch.no_grad():
+            kept = d(x, sigma, entries)
+        moved = d(x, sigma, entries, modulation.modulating(self._placements(parameters, entries, rows)))
+        error, drift = (residual(d.space, sigma, moved, v, d.sigma_data) for v in (clean, kept))
+        half = left.shape[-1]
+        return {
+            "diffusion": masked_mse(error[..., :half], self._mask(pictures, left)).mean(),
+            "isolation": self.settings.isolation * drift[..., half:].square().mean(),
+        }
+
+    def tensors(self):
+        """The network, and per word the mean of its directions over the captions."""
+        found, network = dict(self.parameters), self.parameters
+        with torch.no_grad():
+            for number, word in enumerate(self.words):
+                seen = [
+                    self.encoded[i][0][0, own] for i, words in enumerate(self.rows) for w, own in words if w == word
+                ]
+                pieces = [len(v) for v in seen]
+                usual = max(set(pieces), key=pieces.count)
+                every = torch.stack([self._directions(network, v) for v in seen if len(v) == usual]).mean(0)
+                each = bool(network[f"{carrier.CONTROLLER}block.out.weight"].any())
+                found[f"{carrier.WORD}{number}"] = (every if each else every[:, :1]).movedim(1, 0)
+        return found
+
+    def facts(self):
+        return {
+            "words": self.words,
+            "blocks": list(self.blocks),
+            "encoders": [e.key for e in self.used],
+            "input": self.input,
+        }
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def captions(text: str, data: ConceptSet) -> tuple[tuple[str, ...], ...]:
+    """Per picture its captions with marked words.
+
+    All lines serve every picture, or, where empty lines part them into as many blocks as there are pictures, each block
+    serves one; a mirrored picture has those of the picture before it.
+    Raises: ValueError when no word is marked, captions of one picture mark different words, or blocks and pictures do
+    not match.
+    """
+    blocks: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if line.strip():
+            blocks[-1].append(line.strip())
+        elif blocks[-1]:
+            blocks.append([])
+    blocks = [block for block in blocks if block]
+    if not blocks:
+        raise ValueError("There is no caption; write what the picture shows, for example: a girl with a [hat].")
+    for block in blocks:
+        marked = [{m.word for m in unmarked(line, CAPTION)[1]} for line in block]
+        for line, words in zip(block, marked, strict=True):
+            if not words:
+                raise ValueError(f"The caption {line!r} marks no word; write [ and ] around those to learn: a [hat].")
+            if words != marked[0]:
+                odd = ", ".join(sorted(words ^ marked[0]))
+                raise ValueError(
+                    f"The captions {block[0]!r} and {line!r} do not mark the same words ({odd}); every caption of a "
+                    "picture marks all of its words."
+                )
+    numbers = [n - 1 for n in accumulate(not m for m in data.mirrored)]
+    if len(blocks) == 1:
+        numbers = [0] * len(data.latents)
+    elif len(blocks) == len(data.latents):
+        numbers = list(range(len(blocks)))
+    elif len(blocks) != numbers[-1] + 1:
+        raise ValueError(
+            f"There are {numbers[-1] + 1} pictures and {len(blocks)} blocks of captions; write one block for all, or "
+            "one per picture with an empty line between them."
+        )
+    return tuple(tuple(blocks[n]) for n in numbers)

@@ -1,0 +1,127 @@
+"""Marked words: found in the rows where the host's tokenizers put them, and refused with a sentence."""
+
+import pytest
+import torch
+
+from concepts.carriers.concept import Concept
+
+from .tiny import tiny
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+@pytest.fixture(scope="module", params=["flux", "sd3", "sd15"])
+def clip(request, host):
+    return tiny(request.param).clip
+
+
+def found(clip, text, key):
+    """(word, the tokens in its rows) of every mark, for one encoder."""
+    from concepts.host.text import encoders
+    from concepts.host.words import PROMPT, rows_of, unmarked
+
+    (encoder,) = (e for e in encoders(clip) if e.key == key)
+    plain, marks = unmarked(text, PROMPT)
+    flat = [token for chunk in clip.tokenize(plain)[encoder.slot] for token, *_ in chunk]
+    rows = rows_of(clip.tokenize, [encoder], plain, marks)
+    return [(m.word, [flat[r] for r in own]) for m, own in zip(marks, rows, strict=True)], rows, encoder
+
+
+TEXTS = [
+    "a photo of a <p:hat>",
+    "<p:hat> and <p:coat>",
+    "a <p:hat>, a (red <p:coat>:1.3); <p:hat>.",
+    "hat, a <p:hat> and a hat beside a hatch",
+    "(a (very) <p:northern lights>:1.2) over <p:northern lights:0.5>, northern lights",
+    "a cat with a <p:cat> and a <p:house> of seven",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_words_are_where_their_tokens_are(clip, text):
+    from concepts.host.text import encoders
+
+    for key in [e.key for e in encoders(clip)]:
+        pairs, rows, encoder = found(clip, text, key)
+        for word, tokens in pairs:
+            assert tokens == encoder.ids(word)
+        every = [r for own in rows for r in own]
+        assert len(set(every)) == len(every) and every == sorted(every)
+
+
+def test_long_prompts_and_parts_of_words(clip):
+    from concepts.host.text import encoders
+
+    for key in [e.key for e in encoders(clip)]:
+        long = "a tree, " * 40 + "a <p:hat> on a <p:coat>"
+        pairs, rows, encoder = found(clip, long, key)
+        assert [tokens for _, tokens in pairs] == [encoder.ids("hat"), encoder.ids("coat")]
+        assert rows[0][0] > 77
+        ((_, tokens),), _, _ = found(clip, "two <p:hat>s", key)
+        assert tokens == encoder.ids("two hats")[len(encoder.ids("two")) :]
+
+
+def test_rows_of_several_encoders_follow_each_other():
+    from concepts.host.positions import read_from
+    from concepts.host.words import rows_of, unmarked
+
+    made = tiny("sd3")
+    used = read_from(made.model, made.clip)
+    plain, marks = unmarked("a <p:hat>")
+    assert rows_of(made.clip.tokenize, used, plain, marks) == [[2]]
+    doubled = [*used, *used]
+    assert rows_of(made.clip.tokenize, doubled, plain, marks) == [[2, 79]]
+
+
+@pytest.fixture(scope="module")
+def flux(host):
+    return tiny("flux").clip
+
+
+def concept(name="p", words=("hat", "coat", "in", "to")) -> Concept:
+    tensors = {f"word.{i}": torch.ones(1, 1, 64) for i in range(len(words))}
+    info = {"words": list(words), "blocks": ["double.0"], "encoders": ["t5xxl"], "input": "dense"}
+    return Concept(name, "modulation", tensors, info)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a <q:hat>", "names <q:hat>, but the connected concepts are: <p>, <mug>"),
+        ("a <p:shoe>", "not taught 'shoe'; its words are: hat, coat, in, to"),
+        ("a <p>", "teaches single words; write one of <p:hat>, <p:coat>"),
+        ("a <mug:hat>", "made of tokens and has no words of its own; write <mug>"),
+        ("walk <p:in><p:to> it", "in one token of the text; put a blank between"),
+    ],
+)
+def test_wrong_names_are_refused(flux, text, message):
+    from concepts.host.text import encode_prompt
+
+    mug = Concept("mug", "tokens", {"t5xxl": torch.ones(1, 1, 1, 1, 64)}, {"init_text": "mug"})
+    with torch.inference_mode(), pytest.raises(ValueError, match=message):
+        encode_prompt(flux, text, [(concept(), 1.0), (mug, 1.0)])
+
+
+def test_marks_are_read_and_taken_out():
+    from concepts.host.words import CAPTION, unmarked
+
+    plain, marks = unmarked("A girl with a [Computer  Mouse] and [hat].", CAPTION)
+    assert plain == "A girl with a Computer  Mouse and hat."
+    assert [(m.word, plain[m.start : m.end]) for m in marks] == [("computer mouse", "Computer  Mouse"), ("hat", "hat")]
+    plain, marks = unmarked("<a:hat>, <b:hat:0.8> <c> <d:hat:-1.5> [x]")
+    assert plain == "hat, hat <c> hat [x]" and [(m.name, m.strength) for m in marks] == [
+        ("a", 1),
+        ("b", 0.8),
+        ("d", -1.5),
+    ]
+
+
+def test_cached_directions_of_another_number_of_pieces_are_their_mean():
+    from concepts.host.words import Mark, Word, directions_of
+
+    stored = torch.arange(12.0).reshape(1, 3, 4)
+    info = {"words": ["hat"], "blocks": ["double.0"], "encoders": ["t5xxl"], "input": "dense"}
+    word = Word(Mark("p", "hat", 1.0, 0, 3), Concept("p", "modulation", {"word.0": stored}, info), 2.0)
+    torch.testing.assert_close(directions_of(word, torch.zeros(3, 9)), 2 * stored.movedim(1, 0))
+    mean = 2 * stored.mean(1).expand(2, -1)[:, None]
+    torch.testing.assert_close(directions_of(word, torch.zeros(2, 9)), mean)

@@ -1,0 +1,75 @@
+"""The network of directions against loops written out, its start, and what it does without biases."""
+
+import pytest
+import torch
+
+from concepts.kernels.controller import BLOCK_PARTS, PARTS, dense, directions, start
+
+
+def made(biases=True, dtype=torch.float64):
+    """Weights with output layers that are not zero."""
+    draw = torch.Generator().manual_seed(0)
+    parts = start(5, 4, 3, 6, draw, biases)
+    for part in ("shared", "block"):
+        parts[f"{part}.out.weight"] = torch.randn(4, 6, generator=draw)
+    return {k: v.to(dtype) for k, v in parts.items()}
+
+
+def naive(parts, x, biases):
+    """One token, one block, one number at a time."""
+
+    def silu(v):
+        return v * torch.sigmoid(v)
+
+    def unit(part, row, u):
+        bias = parts[f"{part}.in.bias"][u] if biases else 0.0
+        return silu(sum(parts[f"{part}.in.weight"][u, i] * row[i] for i in range(5)) + bias)
+
+    out = torch.zeros(len(x), 3, 4, dtype=torch.float64)
+    for n, row in enumerate(x):
+        for block in range(3):
+            for o in range(4):
+                out[n, block, o] = sum(
+                    parts["shared.out.weight"][o, u] * unit("shared", row, u)
+                    + parts["block.out.weight"][o, u] * parts["block.gate"][block, u] * unit("block", row, u)
+                    for u in range(6)
+                )
+    return out
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_directions_equal_the_loops(biases):
+    parts = made(biases)
+    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = naive(parts, x, biases)
+    torch.testing.assert_close(directions(parts, x), expected)
+    parts["block.out.weight"] = torch.zeros_like(parts["block.out.weight"])
+    shared = directions(parts, x, each_block=False)
+    assert shared.shape == (2, 1, 4)
+    torch.testing.assert_close(directions(parts, x), shared.expand(-1, 3, -1))
+
+
+def test_gradients():
+    parts = {k: v.requires_grad_() for k, v in made().items()}
+    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    keys = list(parts)
+    assert torch.autograd.gradcheck(lambda x, *v: directions(dict(zip(keys, v, strict=True)), x), (x, *parts.values()))
+
+
+def test_it_starts_at_zero_and_the_seed_decides():
+    first, again, other = (start(5, 4, 3, 6, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert set(first) == {*PARTS, *BLOCK_PARTS}
+    assert not directions(first, torch.randn(7, 5)).any()
+    assert all(torch.equal(v, again[k]) for k, v in first.items())
+    assert any(not torch.equal(v, other[k]) for k, v in first.items())
+
+
+def test_without_biases_nothing_gives_nothing():
+    zeros = torch.zeros(2, 5, dtype=torch.float64)
+    assert not directions(made(biases=False), zeros).any() and directions(made(), zeros).any()
+
+
+def test_inputs_have_one_scale():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(dense(x * torch.tensor([[1e-3], [1.0], [1e3]])), dense(x), rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(dense(torch.zeros(1, 8))).all()
