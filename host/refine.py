@@ -87,7 +87,7 @@ class RefineSession(Session):
     """A learned concept, references, and behind them the picture that a prompt made.
 
     ``data``: references of one size and the picture; captions that hold ``<name>``; masks of the references, or None
-    for the word's own map. Raises: CarrierMismatch for a mapper or a concept of another model; ValueError for an
+    for the word's own map. Raises: CarrierMismatch for another kind of concept or another model; ValueError for an
     unknown setting, and for a text that does not name the concept alone.
     """
 
@@ -95,10 +95,11 @@ class RefineSession(Session):
 
     def __init__(self, model, clip, data: ConceptSet, settings: RefineSettings, concept: Concept):
         super().__init__(model, clip, data, settings)
-        if concept.kind == "mapper":
+        if concept.kind not in ("tokens", "delta"):
             raise CarrierMismatch(
-                f"Concept <{concept.name}> is a network that makes its vectors (NeTI), and one step for one prompt is "
-                "for vectors or low-rank weights; learn it with mapper none, or as a LoRA."
+                f"Concept <{concept.name}> is made of {concept.kind}, and one step for one prompt is for vectors or "
+                "low-rank weights; connect one from Learn Concept Tokens (mapper none), Residual Tokens, K/V Tokens or "
+                "LoRA."
             )
         for value, known in ((settings.distance, DISTANCES), (settings.loss_text, TEXTS)):
             if value not in known:

@@ -276,5 +276,9 @@ def test_what_does_not_fit_is_refused(host):
         session(made, distance="far")
     with pytest.raises(ValueError, match="All weights are 0"):
         refine(made, self_attention=0.0, cross_attention=0.0, diffusion=0.0)
-    with pytest.raises(CarrierMismatch, match="no such layer|x"):
+    with pytest.raises(CarrierMismatch, match="has no such layer"):
         session(made, random_delta(tiny("flux").model))
+    mapper = replace(concept(made))
+    object.__setattr__(mapper, "kind", "mapper")
+    with pytest.raises(CarrierMismatch, match="made of mapper"):
+        session(made, mapper)
