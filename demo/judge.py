@@ -125,6 +125,18 @@ class Judge(nn.Module):
             parts.append(self.answers(features, h, shape, mask))
         return {name: torch.cat([p[name] for p in parts]) for name in CLASSES}
 
+    @torch.no_grad()
+    def sides(self, pictures) -> list[dict[str, torch.Tensor]]:
+        """For the left and the right half: shape, colour and pattern -> index [b] of the name seen in it."""
+        x, found = as_input(pictures), []
+        mask = self.mask(pictures)
+        for half in (slice(0, world.SIZE // 2), slice(world.SIZE // 2, world.SIZE)):
+            inside = torch.zeros_like(mask)
+            inside[..., half] = mask[..., half]
+            h = torch.cat([self.hidden(a, m)[0] for a, m in zip(x.split(64), inside.split(64), strict=True)])
+            found.append({name: head(h).argmax(1) for name, head in self.heads.items()})
+        return found
+
     def factors(self, pictures) -> dict[str, torch.Tensor]:
         """Factor -> index [b] of the name seen, in the order of CLASSES."""
         return {name: v.argmax(1) for name, v in self.logits(pictures).items()}

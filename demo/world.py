@@ -41,6 +41,8 @@ FACTORS = {
 }
 NUMBERS = ["three", "four", "five", "six", "seven", "eight"]
 HELD_OUT = 0.15
+BESIDE = "beside"
+"""Size of an object that shares a picture; no caption names it."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,33 @@ def thing_scene(rng: random.Random) -> Scene:
     ]
     extra = ([f"{badge} badge"] if badge else []) + ([f"{second} bottom"] if second and second != scene.colour else [])
     return replace(scene, second=second, words=(*words, *extra))
+
+
+def pair(rng: random.Random, hold: bool | None = False) -> tuple[Scene, Scene]:
+    """Two named objects side by side on one ground, left one first; ``hold`` as in ``named_scene``, for both."""
+    left, right = (replace(named_scene(rng, hold), size=BESIDE, position=p) for p in ("left", "right"))
+    return left, replace(right, background=left.background)
+
+
+def pair_caption(scenes: tuple[Scene, Scene], rng: random.Random, full: bool = False) -> str:
+    """A sentence about both objects; words may be left out unless ``full``, and so may the places."""
+    keep = (lambda p: True) if full else (lambda p: rng.random() < p)
+    said = []
+    for scene in scenes:
+        pattern = scene.pattern if keep(0.9) and (scene.pattern != "plain" or keep(0.3)) else ""
+        noun = " ".join(filter(None, [scene.colour if keep(0.9) else "", pattern, scene.shape]))
+        said.append(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}")
+    ground, placed, form = scenes[0].background if keep(0.9) else "", keep(0.8), rng.randrange(3)
+    if placed:
+        said = [f"{noun} on the {scene.position}" for noun, scene in zip(said, scenes, strict=True)]
+    if rng.random() < 0.3:
+        said = said[::-1]
+    both = " and ".join(said)
+    if form == 0:
+        return f"a photo of {both}" + (f", {ground} background" if ground else "")
+    if form == 1 and ground:
+        return f"{ground} scene with {both}"
+    return ", ".join(filter(None, [f"{ground} background" if ground else "", both]))
 
 
 def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
@@ -332,8 +361,9 @@ def _texture(colour: str, pattern: str, second: str, cx: float, cy: float) -> Im
 
 
 def _placement(scene: Scene, rng: random.Random) -> tuple[float, float, float]:
-    half = {"small": 21, "big": 33}[scene.size] * rng.uniform(0.93, 1.07)
-    cx = {"left": 37, "center": 64, "right": 91}[scene.position] + rng.uniform(-4, 4)
+    half = {"small": 21, "big": 33, BESIDE: 27}[scene.size] * rng.uniform(0.93, 1.07)
+    away, play = (31, 2) if scene.size == BESIDE else (27, 4)
+    cx = 64 + {"left": -away, "center": 0, "right": away}[scene.position] + rng.uniform(-play, play)
     return cx, 64 + rng.uniform(-16, 16), half
 
 
@@ -343,15 +373,24 @@ def box(scene: Scene) -> tuple[float, float, float, float]:
     return cx - half, cy - half, cx + half, cy + half
 
 
-def render(scene: Scene) -> tuple[Image.Image, Image.Image]:
-    """Draws a scene.
+def render(*scenes: Scene) -> tuple[Image.Image, ...]:
+    """Draws a scene, or several objects on the ground of the first.
 
-    Returns: picture (RGB, 128 x 128) and object mask (L, 128 x 128, 255 inside). Equal scenes give equal pixels.
+    Returns: picture (RGB, 128 x 128) and each object's mask (L, 128 x 128, 255 inside). Equal scenes give equal pixels.
     """
-    rng = random.Random(scene.seed)
-    cx, cy, half = _placement(scene, rng)
-    ground = _background(scene.background, rng)
-    x, y, s = cx * OVERSAMPLE, cy * OVERSAMPLE, half * OVERSAMPLE
+    rng = random.Random(scenes[0].seed)
+    _placement(scenes[0], rng)
+    ground = _background(scenes[0].background, rng)
+    masks = [_paint(ground, scene) for scene in scenes]
+    if scenes[0].style == "poster":
+        grey = ImageOps.posterize(ImageOps.grayscale(ground), 2)
+        ground = ImageOps.colorize(grey, (60, 0, 90), (255, 230, 120), mid=(230, 80, 120))
+    return ground, *masks
+
+
+def _paint(ground: Image.Image, scene: Scene) -> Image.Image:
+    """Draws the object of a scene; returns its mask."""
+    x, y, s = (v * OVERSAMPLE for v in _placement(scene, random.Random(scene.seed)))
     mask = _silhouette(scene.shape, x, y, s, scene.outline)
     surface = _texture(scene.colour, scene.pattern, scene.second, x, y)
     if scene.badge:
@@ -361,10 +400,7 @@ def render(scene: Scene) -> tuple[Image.Image, Image.Image]:
     surface.paste((34, 30, 34) if scene.colour != "black" else (196, 196, 196), (0, 0), edge)
     whole = ImageChops.lighter(mask, edge).resize((SIZE, SIZE), Image.BOX)
     ground.paste(surface.resize((SIZE, SIZE), Image.BOX), (0, 0), whole)
-    if scene.style == "poster":
-        grey = ImageOps.posterize(ImageOps.grayscale(ground), 2)
-        ground = ImageOps.colorize(grey, (60, 0, 90), (255, 230, 120), mid=(230, 80, 120))
-    return ground, whole
+    return whole
 
 
 def pixels(image: Image.Image) -> np.ndarray:

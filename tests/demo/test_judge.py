@@ -39,6 +39,16 @@ def test_every_factor_is_seen(judge, fresh):
     assert min(table.values()) >= 0.97, table
 
 
+def test_two_objects_are_told_apart(judge):
+    rng = random.Random("sides")
+    pairs = [world.pair(rng, hold=True) for _ in range(100)]
+    pictures = np.stack([world.pixels(world.render(*p)[0]) for p in pairs])
+    for side, seen in enumerate(judge.sides(pictures)):
+        for factor, found in seen.items():
+            right = [judging.CLASSES[factor][i] == getattr(p[side], factor) for i, p in zip(found, pairs, strict=True)]
+            assert np.mean(right) >= 0.97, (side, factor)
+
+
 def test_floats_and_bytes_are_judged_alike(judge, fresh):
     pictures = fresh[1][:16]
     bytes_, floats = judge.embed(pictures), judge.embed(torch.from_numpy(pictures).float() / 255)

@@ -67,6 +67,31 @@ def test_mask_covers_the_object_and_nothing_else(shape):
     assert np.array_equal(world.pixels(ground)[far][mask[far] == 0], world.pixels(blue)[far][mask[far] == 0])
 
 
+def test_two_objects_stand_side_by_side():
+    """Each on its half, on the left one's ground, as it would stand there alone."""
+    rng = random.Random(12)
+    for _ in range(60):
+        left, right = world.pair(rng)
+        picture, *masks = (world.pixels(part) for part in world.render(left, right))
+        assert left.background == right.background
+        assert not masks[0][:, world.SIZE // 2 + 1 :].any() and not masks[1][:, : world.SIZE // 2 - 1].any()
+        alone, mask = (world.pixels(part) for part in world.render(left))
+        assert np.array_equal(mask, masks[0])
+        assert np.array_equal(alone[masks[1] == 0], picture[masks[1] == 0])
+        assert (alone[masks[1] == 255] != picture[masks[1] == 255]).any()
+
+
+def test_captions_of_two_objects_bind_their_words():
+    rng = random.Random(13)
+    for _ in range(300):
+        scenes = world.pair(rng)
+        full = world.pair_caption(scenes, rng, full=True)
+        assert all(f"{s.colour} {s.pattern} {s.shape} on the {s.position}" in full for s in scenes), full
+        assert scenes[0].background in full
+        some = world.pair_caption(scenes, rng)
+        assert all(s.shape in some for s in scenes) and world.BESIDE not in some
+
+
 @pytest.mark.parametrize("make", [world.named_scene, world.thing_scene])
 def test_box_holds_the_object_and_says_nothing_of_its_shape(make):
     rng = random.Random(9)
