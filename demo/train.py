@@ -2,7 +2,7 @@
 
 Stages, each resumable after an interrupt: ``vae``, ``decoder`` (alone, on finished latents), ``unet`` (denoiser and
 text encoder together), ``pack``, ``polish`` (the packed denoiser alone, on new pictures with many small patterned
-objects).
+objects). ``dit`` (train_dit.py) trains a diffusion transformer on the packed autoencoder; it is not part of ``all``.
 Working files go to ``--work``; ``pack`` and ``polish`` write the bf16 file that the repository carries. On two cores of
 an AMD EPYC about four hours: VAE 50 minutes, decoder 12, denoiser 100 (0.43 s a step on an otherwise idle machine),
 polish 50.
@@ -552,13 +552,14 @@ def pack(work: Path, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["vae", "decoder", "unet", "pack", "polish", "all"])
+    parser.add_argument("stage", choices=["vae", "decoder", "unet", "pack", "polish", "dit", "all"])
     parser.add_argument("--host", type=Path, required=True, help="ComfyUI folder")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--decoder-steps", type=int, default=1600)
     parser.add_argument("--unet-steps", type=int, default=14000)
     parser.add_argument("--polish-steps", type=int, nargs="*", default=[4000, 2500], help="of every round")
+    parser.add_argument("--dit-steps", type=int, default=12000)
     a = parser.parse_args()
     start_host(a.host.resolve())
     a.work.mkdir(parents=True, exist_ok=True)
@@ -574,6 +575,10 @@ def main() -> None:
     if a.stage in ("polish", "all"):
         for number, steps in enumerate(a.polish_steps):
             polish(a.work, packed, number, steps)
+    if a.stage == "dit":
+        from demo.train_dit import train_dit
+
+        train_dit(a.work, a.dit_steps)
 
 
 if __name__ == "__main__":
