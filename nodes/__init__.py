@@ -6,9 +6,26 @@ from ..host import folders
 
 folders.register()  # loaders list its files when the modules below define their schemas
 
-from . import attention, concept_set, features, files, kv, learn, lora, matching, mix, prompt, residual, toy  # noqa: E402
+from . import (  # noqa: E402
+    attention,
+    concept_set,
+    dictionary,
+    features,
+    files,
+    kv,
+    learn,
+    lora,
+    matching,
+    mix,
+    prompt,
+    residual,
+    toy,
+    words,
+)
 
-MODULES = [toy, concept_set, learn, residual, kv, lora, prompt, mix, attention, features, matching, files]
+MODULES = [
+    *(toy, concept_set, learn, residual, kv, lora, prompt, mix, attention, features, matching, dictionary, words, files)
+]
 
 
 class ConceptCarriers(ComfyExtension):
