@@ -1,9 +1,10 @@
 """``nox -s bench -- CASE``: measurements that the README quotes.
 
 Cases: ti_vs_diffusers, prism_vs_script, lora_vs_core (a learning step against others' code on the same weights),
-core_gradients (of the core's trainer), match_vs_kornia (pairs of cells of two feature grids); fidelity, prism, stage2,
-kv (methods over the novel concepts, with bootstrap intervals); quality (the toy world itself), prompt_cost (sampling
-with rows per stage, layer and role). Needs COMFYUI_PATH.
+core_gradients (of the core's trainer), match_vs_kornia (pairs of cells of two feature grids), dictionary (sparse
+autoencoders of token features); fidelity, prism, stage2, kv (methods over the novel concepts, with bootstrap
+intervals); quality (the toy world itself), prompt_cost (sampling with rows per stage, layer and role). Needs
+COMFYUI_PATH.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import importlib
 import sys
 
 CASES = (
-    *("ti_vs_diffusers", "prism_vs_script", "lora_vs_core", "core_gradients", "match_vs_kornia"),
+    *("ti_vs_diffusers", "prism_vs_script", "lora_vs_core", "core_gradients", "match_vs_kornia", "dictionary"),
     *("fidelity", "prism", "stage2", "kv"),
     *("quality", "prompt_cost"),
 )
