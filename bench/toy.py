@@ -12,11 +12,16 @@ PACK = Path(__file__).resolve().parent.parent
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.0, "dpmpp_2m", "karras"
 
 
-def host() -> None:
-    """ComfyUI from COMFYUI_PATH, and the pack as package ``concepts``, in this process."""
+def alias() -> None:
+    """The pack as package ``concepts`` in this process."""
     package = types.ModuleType("concepts")
     package.__path__ = [str(PACK)]
     sys.modules["concepts"] = package
+
+
+def host() -> None:
+    """ComfyUI from COMFYUI_PATH, and the pack as package ``concepts``, in this process."""
+    alias()
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     kept, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
     import comfy.options

@@ -54,8 +54,8 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
         "modelspec.title": concept.name,
         "modelspec.trigger_phrase": f"<{concept.name}>",
     }
-    metadata[OWN + "digest"] = _digest(tensors, metadata)
-    _replace(Path(path), save(tensors, metadata))
+    metadata[OWN + "digest"] = digest(tensors, metadata)
+    replace_file(Path(path), save(tensors, metadata))
 
 
 def _placed(key: str, value: torch.Tensor, kind: str) -> tuple[str, torch.Tensor]:
@@ -75,7 +75,8 @@ def _taken(key: str, value: torch.Tensor, kind: str) -> tuple[str, torch.Tensor]
     return key.removeprefix(TOKENS), value[None, None, None] if plain else value
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+def digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over names, types, shapes and numbers of tensors and over metadata but for the digest itself."""
     total = hashlib.sha256(
         json.dumps({k: v for k, v in metadata.items() if k != OWN + "digest"}, sort_keys=True).encode()
     )
@@ -85,7 +86,8 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     return total.hexdigest()
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Puts ``data`` at ``path``, whole or not at all. Raises: CarrierFileError when the disk refuses."""
     part = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,12 +141,12 @@ def write_new(concept: Concept, folder: Path, name: str, notes: Mapping[str, str
     return path
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """A whole file. Raises: CarrierFileError when it is missing, unreadable or far too large."""
     try:
         size = Path(path).stat().st_size
-        if size > LARGEST:
-            raise CarrierFileError(f"{path} is {size} bytes large; no concept is. Choose another file.")
+        if size > largest:
+            raise CarrierFileError(f"{path} is {size} bytes large, which nothing of this pack is. Choose another file.")
         return Path(path).read_bytes()
     except OSError as error:
         raise CarrierFileError(f"{path} cannot be read ({error.strerror or error}).") from error
@@ -173,15 +175,22 @@ def read_concept(path: Path) -> Concept:
     return from_parts(*parse(read_bytes(path), path), path)
 
 
-def from_parts(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path) -> Concept:
-    """The concept in a parsed file of this pack. Raises: CarrierFileError."""
+def verify(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Raises: CarrierFileError unless this pack wrote it, in a format that is known, and it is undamaged."""
     version = metadata.get(OWN + "format")
     if not is_own(tensors, metadata) or version is None:
         raise CarrierFileError(f"{path} was not written by this pack, or it is damaged.")
     if version != VERSION:
         raise CarrierFileError(f"{path} has format {version[:20]!r}, this version reads {VERSION}; update the pack.")
-    if metadata.get(OWN + "digest") != _digest(tensors, metadata):
+    if metadata.get(OWN + "digest") != digest(tensors, metadata):
         raise CarrierFileError(f"{path} is damaged: its checksum does not match. Copy or save it again.")
+
+
+def from_parts(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path) -> Concept:
+    """The concept in a parsed file of this pack. Raises: CarrierFileError."""
+    verify(tensors, metadata, path)
+    if metadata.get(OWN + "kind") == "dictionary":
+        raise CarrierFileError(f"{path} holds a dictionary, not a concept; load it with Load Dictionary.")
     try:
         kind = metadata[OWN + "kind"]
         learned = dict(_taken(k, v, kind) for k, v in tensors.items() if not k.startswith(STATE))

@@ -25,26 +25,35 @@ def read_any(path: Path) -> Concept:
     """
     path = Path(path)
     data = read_bytes(path)
-    if data[:2] == b"PK" or data[:1] == b"\x80":
-        return _foreign(_unpickled(data, path), path)
+    if pickled(data):
+        return _foreign(unpickled(data, path), path)
     tensors, metadata = parse(data, path)
     return from_parts(tensors, metadata, path) if is_own(tensors, metadata) else _foreign(tensors, path)
 
 
-def _unpickled(data: bytes, path: Path) -> Mapping:
+def pickled(data: bytes) -> bool:
+    """Whether a file is a pickle, in a zip or bare; the length of a safetensors header may begin with the same byte."""
+    return data[:4] == b"PK\x03\x04" or data[:1] == b"\x80" and data[8:9] != b"{"
+
+
+def unpickled(data: bytes, path: Path, what: str = "an embedding", largest: int = LARGEST) -> Mapping:
+    """The tensors of a .pt, .pth or .bin file, by torch's weights-only loader.
+
+    Raises: CarrierFileError naming ``what`` was wanted, when there is more than tensors in it.
+    """
     try:
         if data[:2] == b"PK":
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
-                    raise CarrierFileError("it unpacks to more than any embedding holds")
+                if sum(entry.file_size for entry in archive.infolist()) > largest:
+                    raise CarrierFileError(f"it unpacks to more than {what} holds")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle may raise anything
         raise CarrierFileError(
-            f"{path} is not an embedding that can be loaded safely ({str(error).splitlines()[0][:200]}). "
+            f"{path} is not {what} that can be loaded safely ({str(error).splitlines()[0][:200]}). "
             "Only tensors are read from .pt and .bin files."
         ) from error
     if not isinstance(content, Mapping):
-        raise CarrierFileError(f"{path} holds a {type(content).__name__}, not an embedding.")
+        raise CarrierFileError(f"{path} holds a {type(content).__name__}, not {what}.")
     return content
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .text import PLACEHOLDER, encoders, variant, with_rows
+from .text import PLACEHOLDER, encoders, ready, variant, with_rows
 from .variants import Grid, with_contexts
 
 STRIDE = 1000
@@ -46,11 +46,7 @@ class Prompts:
 
     def ready(self) -> None:
         """Sets the encoder up as the host does before encoding; call after the model is loaded."""
-        model = self.clip.cond_stage_model
-        model.reset_clip_options()
-        if self.clip.layer_idx is not None:
-            model.set_clip_options({"layer": self.clip.layer_idx})
-        model.set_clip_options({"execution_device": self.clip.patcher.load_device})
+        ready(self.clip)
 
     def encode(self, index: int, rows: Rows) -> list:
         """Host conditioning [cond, extras] of caption ``index`` with ``rows`` (mark -> encoder key -> [n, width])."""

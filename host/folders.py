@@ -1,4 +1,4 @@
-"""Where concepts live on disk (folder_paths.py)."""
+"""Where concepts and dictionaries live on disk (folder_paths.py)."""
 
 from pathlib import Path
 
@@ -7,20 +7,17 @@ import folder_paths
 from ..carriers.concept import Concept
 from ..carriers.delta import bundled
 
-KIND = "concepts"
-EXAMPLES = Path(__file__).resolve().parent.parent / "demo" / "concepts"
+KIND, DICTIONARIES = "concepts", "dictionaries"
+EXAMPLES = Path(__file__).resolve().parent.parent / "demo"
 
 
 def register() -> None:
-    """Makes ``models/concepts``, ``output/concepts`` and the pack's examples known to the host."""
-    places = [
-        str(Path(folder_paths.models_dir) / KIND),
-        str(Path(folder_paths.get_output_directory()) / KIND),
-        str(EXAMPLES),
-    ]
-    known = folder_paths.folder_names_and_paths.get(KIND, ([], set()))[0]
-    extensions = {".safetensors", ".pt", ".bin"}
-    folder_paths.folder_names_and_paths[KIND] = ([*dict.fromkeys([*known, *places])], extensions)
+    """Makes the folders of both in models and output, and the pack's examples, known to the host."""
+    for kind, pickles in ((KIND, {".pt", ".bin"}), (DICTIONARIES, {".pt", ".pth"})):
+        places = [Path(folder_paths.models_dir, kind), Path(folder_paths.get_output_directory(), kind), EXAMPLES / kind]
+        known = folder_paths.folder_names_and_paths.get(kind, ([], set()))[0]
+        extensions = {".safetensors", *pickles}
+        folder_paths.folder_names_and_paths[kind] = ([*dict.fromkeys([*known, *map(str, places)])], extensions)
 
 
 def saved() -> list[str]:
@@ -41,6 +38,27 @@ def find(name: str) -> Path:
 def output(*inner: str) -> Path:
     """``output/concepts/...``, made when missing."""
     place = Path(folder_paths.get_output_directory(), KIND, *inner)
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def saved_dictionaries() -> list[str]:
+    """Names of every dictionary file."""
+    return folder_paths.get_filename_list(DICTIONARIES)
+
+
+def find_dictionary(name: str) -> Path:
+    """File of a listed name. Raises: FileNotFoundError naming the folders searched."""
+    path = folder_paths.get_full_path(DICTIONARIES, name)
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths(DICTIONARIES))
+        raise FileNotFoundError(f"There is no dictionary file {name!r}; looked in {folders}.")
+    return Path(path)
+
+
+def dictionaries() -> Path:
+    """``output/dictionaries``, made when missing."""
+    place = Path(folder_paths.get_output_directory(), DICTIONARIES)
     place.mkdir(parents=True, exist_ok=True)
     return place
 

@@ -245,7 +245,7 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
         recompute = not management.is_device_cpu(device) and memory > 0.8 * management.get_free_memory(device)
     else:
         recompute = checkpointing == "on"
-    file = folders.output("autosave") / f"{settings.name}-{_short(settings)}.safetensors"
+    file = folders.output("autosave") / f"{settings.name}-{short(settings)}.safetensors"
     patchers = (session.model, session.clip.patcher)
     with training(*patchers, checkpointing=recompute, memory=memory), session.attached():
         session.begin()
@@ -301,7 +301,8 @@ def keep(concept: Concept, file: Path) -> str:
         return str(error)
 
 
-def _short(settings: RunSettings) -> str:
+def short(settings) -> str:
+    """A few letters that differ from those of other settings, for file names."""
     return hashlib.blake2b(repr(settings).encode(), digest_size=3).hexdigest()
 
 

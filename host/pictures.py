@@ -45,14 +45,17 @@ def loss_curves(named: dict[str, list[float]], title: str) -> torch.Tensor:
     return torch.cat([loss_curve(v, f"{title} {k}".strip(), height=height) for k, v in named.items()], 1)
 
 
-def bars(rows: list[tuple[str, float]], title: str, width: int = 640) -> torch.Tensor:
-    """Labelled horizontal bars for values in 0..1 -> IMAGE [1, h, width, 3]."""
+def bars(rows: list[tuple[str, float]], title: str, width: int = 640, adapt: bool = False) -> torch.Tensor:
+    """Labelled horizontal bars for values in 0..1, or up to their largest (``adapt``) -> IMAGE [1, h, width, 3]."""
+    most = max([1e-12, *(value for _, value in rows)]) if adapt else 1.0
     image = Image.new("RGB", (width, 40 + 20 * max(1, len(rows))), (250, 250, 250))
     draw = ImageDraw.Draw(image)
     draw.text((12, 10), title, fill=(30, 30, 30))
     for number, (label, value) in enumerate(rows):
         y = 34 + 20 * number
         draw.text((12, y), label.encode("latin-1", "replace").decode("latin-1"), fill=(30, 30, 30))
-        draw.rectangle([220, y + 1, 220 + (width - 300) * max(0.0, min(1.0, value)), y + 13], fill=(70, 130, 190))
+        draw.rectangle(
+            [220, y + 1, 220 + (width - 300) * max(0.0, min(1.0, value / most)), y + 13], fill=(70, 130, 190)
+        )
         draw.text((width - 66, y), f"{value:.3f}", fill=(90, 90, 90))
     return batch([image])

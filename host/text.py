@@ -69,6 +69,15 @@ def encoders(clip) -> list[Encoder]:
     return found
 
 
+def ready(clip) -> None:
+    """Sets a loaded encoder up as the host does before encoding (sd.py encode_from_tokens)."""
+    model = clip.cond_stage_model
+    model.reset_clip_options()
+    if clip.layer_idx is not None:
+        model.set_clip_options({"layer": clip.layer_idx})
+    model.set_clip_options({"execution_device": clip.patcher.load_device})
+
+
 def start_rows(encoder: Encoder, init: str, text: str, count: int, draw: torch.Generator) -> torch.Tensor:
     """First value [count, width] of learned rows, fp32.
 

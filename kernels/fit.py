@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.optim.adam import adam
 
 
 class Diverged(RuntimeError):
@@ -47,6 +48,45 @@ class Adam:
             second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
             scale = (second / (1 - b2**count)).sqrt_().add_(1e-8)
             parameter.addcdiv_(first, scale, value=-self.learning_rate / (1 - b1**count))
+
+
+@dataclass(frozen=True)
+class UnitRows(Adam):
+    """Adam in one pass over memory; the rows of one parameter keep length one (dictionaries, arXiv 2406.04093).
+
+    What would change their length is taken out of the gradient. The rate rises over the first ``warmup`` steps.
+    """
+
+    learning_rate: float = 2e-4
+    clip: float = 1.0
+    rows: str = "decoder"
+    warmup: int = 0
+
+    def update(self, parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+        """One step in place, as ``Adam.update``."""
+        count, unit = int(state["step"]), parameters[self.rows]
+        unit.grad.addcmul_((unit.grad * unit).sum(-1, keepdim=True), unit, value=-1)
+        grads = [p.grad for p in parameters.values()]
+        if self.clip:
+            norm = torch.stack([g.norm() for g in grads]).norm()
+            torch._foreach_mul_(grads, (self.clip / (norm + 1e-6)).clamp(max=1.0))
+        adam(
+            list(parameters.values()),
+            grads,
+            [state[f"first.{k}"] for k in parameters],
+            [state[f"second.{k}"] for k in parameters],
+            [],
+            [torch.tensor(count - 1.0, device=p.device) for p in parameters.values()],  # counted up in there
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=self.learning_rate * min(1.0, count / max(1, self.warmup)),
+            weight_decay=self.decay,
+            eps=1e-8,
+            maximize=False,
+        )
+        unit.div_(unit.norm(dim=-1, keepdim=True))
 
 
 @dataclass(frozen=True)

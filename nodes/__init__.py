@@ -9,6 +9,7 @@ folders.register()  # loaders list its files when the modules below define their
 from . import (  # noqa: E402
     attention,
     concept_set,
+    dictionary,
     features,
     files,
     finding,
@@ -22,24 +23,12 @@ from . import (  # noqa: E402
     refine,
     residual,
     toy,
+    words,
 )
 
 MODULES = [
-    toy,
-    concept_set,
-    learn,
-    residual,
-    kv,
-    lora,
-    modulation,
-    refine,
-    prompt,
-    mix,
-    attention,
-    features,
-    matching,
-    finding,
-    files,
+    *(toy, concept_set, learn, residual, kv, lora, modulation, refine, prompt, mix, attention),
+    *(features, matching, finding, dictionary, words, files),
 ]
 
 

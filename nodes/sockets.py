@@ -5,6 +5,8 @@ from comfy_api.latest import io
 Concept = io.Custom("CONCEPT")
 ConceptSet = io.Custom("CONCEPT_SET")
 Features = io.Custom("CONCEPT_FEATURES")
+Dictionary = io.Custom("CONCEPT_DICTIONARY")
+Codes = io.Custom("CONCEPT_CODES")
 
 
 def named_concepts() -> io.Autogrow.Input:

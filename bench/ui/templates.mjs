@@ -26,9 +26,9 @@ async function layOut(api, note) {
   await page.evaluate(async ({ api, note }) => {
     await window.app.loadApiJson(api, 'template')
     const graph = window.app.graph
-    const columns = [['ConceptLoadToyWorld', 'CheckpointLoaderSimple', 'ConceptLoadToyReferences', 'LoadImage', 'ConceptLoadCarrier'],
+    const columns = [['ConceptLoadToyWorld', 'CheckpointLoaderSimple', 'ConceptLoadToyReferences', 'LoadImage', 'ConceptLoadCarrier', 'ConceptLoadDictionary', 'ConceptTrainDictionary'],
       ['ConceptMakeSet', 'ImageBatch'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptExtractFeatures', 'ConceptRefineForPrompt'],
-      ['ConceptMatchFeatures', 'ConceptMatchPoint', 'ConceptShowFeatures', 'ConceptTransferMask', 'ConceptFindPicture', 'MaskToImage', 'ImageFromBatch'],
+      ['ConceptMatchFeatures', 'ConceptMatchPoint', 'ConceptShowFeatures', 'ConceptTransferMask', 'ConceptFindPicture', 'ConceptEncodeWords', 'ConceptPruneCode', 'MaskToImage', 'ImageFromBatch'],
       ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
     const size = node => {
       const least = node.computeSize()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from concepts.kernels.draws import generator
-from concepts.kernels.fit import Adam, Diverged, Sphere, fit
+from concepts.kernels.fit import Adam, Diverged, Sphere, UnitRows, fit
 
 TARGET = torch.arange(12, dtype=torch.float32).view(2, 6) / 6
 
@@ -78,7 +78,9 @@ def test_vectors_without_a_gradient_do_not_decay():
 
 
 @pytest.mark.parametrize(
-    "optimiser", [Adam(0.03), Adam(0.03, decay=0.1, clip=0.3), Sphere({}, 0.05)], ids=["adam", "adamw", "sphere"]
+    "optimiser",
+    [Adam(0.03), Adam(0.03, decay=0.1, clip=0.3), Sphere({}, 0.05), UnitRows(0.03, rows="a", warmup=9)],
+    ids=["adam", "adamw", "sphere", "unit rows"],
 )
 def test_continuing_equals_one_run_bit_for_bit(optimiser):
     whole, losses = run(optimiser, 17, accumulate=2)
@@ -99,6 +101,28 @@ def test_sphere_keeps_norms_and_descends():
     for key in before:
         torch.testing.assert_close(after[key].norm(dim=-1), before[key].norm(dim=-1))
     assert losses[-1] < losses[0]
+
+
+def test_unit_rows_against_torch():
+    """Gradient without its radial part, torch's Adam with a rising rate, rows back to length one."""
+    parameters = {"a": torch.nn.functional.normalize(start()["a"] + torch.arange(6.0)), "b": start()["b"]}
+    theirs = {k: v.clone().requires_grad_() for k, v in parameters.items()}
+    optimiser = torch.optim.Adam(theirs.values(), lr=1.0)
+    for step in range(12):
+        optimiser.zero_grad()
+        noisy(theirs, step, 0).backward()
+        row = theirs["a"].detach()
+        theirs["a"].grad -= (theirs["a"].grad * row).sum(-1, keepdim=True) * row
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 0.3)
+        optimiser.param_groups[0]["lr"] = 0.03 * min(1, (step + 1) / 5)
+        optimiser.step()
+        with torch.no_grad():
+            theirs["a"] /= theirs["a"].norm(dim=-1, keepdim=True)
+    for _ in fit(parameters, noisy, UnitRows(0.03, clip=0.3, rows="a", warmup=5), 12):
+        pass
+    for key, value in parameters.items():
+        torch.testing.assert_close(value.detach(), theirs[key].detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parameters["a"].detach().norm(dim=-1), torch.ones(2))
 
 
 def test_sphere_prior_pulls_towards_the_word():

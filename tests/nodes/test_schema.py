@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 SNAPSHOT, PAGES = HERE / "schema.json", HERE.parents[1] / "web" / "docs"
 FROZEN = ("default", "min", "max", "step", "multiline", "advanced", "dynamicPrompts", "round")
-FILES = {("ConceptLoadCarrier", "file")}
+FILES = {("ConceptLoadCarrier", "file"), ("ConceptLoadDictionary", "file")}
 """Choices that depend on the user's folders."""
 
 

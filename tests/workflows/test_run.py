@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,31 @@ def test_a_concept_that_cannot_be_refined_says_why(client):
     made["4"]["inputs"] |= {"strict": True}
     result = client.queue(made)
     assert result["status"] == "error" and "was not refined" in result["error"]["exception_message"]
+
+
+def test_train_a_dictionary(client, server):
+    made = graph("13_")
+    (learner,), (words,) = keys(made, "ConceptTrainDictionary"), keys(made, "ConceptEncodeWords")
+    made[learner]["inputs"] |= {"steps": 30, "name": "taught"}
+    result = run(client, made)
+    assert "30 steps" in result["outputs"][learner]["text"][0]
+    assert "red: 4 active latents in 1 places" in result["outputs"][words]["text"][0]
+    assert len(list((server.folder("output") / "dictionaries").glob("taught-*.safetensors"))) == 1
+
+
+def test_look_inside_a_word(client):
+    """Latents get the names of corpus words, few are kept, and one that is turned up shows in the picture."""
+    made = graph("14_")
+    for key in keys(made, "KSampler"):
+        made[key]["inputs"]["steps"] = 10
+    result = run(client, made)
+    words, kept = (result["outputs"][keys(made, k)[0]]["text"][0] for k in ("ConceptEncodeWords", "ConceptPruneCode"))
+    assert re.search(r"moon: 4 active latents in 1 places\n  10: [0-9.]+ \(moon", words)
+    assert re.search(r"moon: [1-4] kept latents in 1 places\n  10: [0-9.]+, score 0\.[0-9]+ \(moon", kept)
+    plain, moon, green = (pixels(client, result, k).astype(int) for k in keys(made, "SaveImage"))
+    assert (plain != moon).any() and (plain != green).any()
+    before, after = ((p[..., 1] - (p[..., 0] + p[..., 2]) / 2).mean() for p in (plain, green))
+    assert after > before, "the picture turned green"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,381 @@
+"""Dictionaries of a real text encoder: features, corpus, learning and continuing, words, attribution, steering."""
+
+import pytest
+import torch
+
+from concepts.carriers.dictionary import Dictionary
+from concepts.carriers.errors import CarrierMismatch
+from concepts.carriers.foreign_dictionary import read_dictionary
+
+from .tiny import FAMILIES, clip
+
+pytestmark = pytest.mark.usefixtures("host")
+TEXTS = ["a red mug on sand", "an umbrella, a (big:1.3) hat", "star " * 90, "wood"]
+COLOURS = "red|green|blue|yellow|purple|white|black|orange"
+SHAPES = "mug|hat|star|fish|house|tree|key|heart|boat|bottle|moon|bell"
+CORPUS = f"""a photo of a {{{COLOURS}}} {{{SHAPES}}}, {{grass|brick|sky|sand|wood|snow}} background
+a {{small|big}} {{{COLOURS}}} {{striped|dotted|plain}} {{{SHAPES}}} on {{grass|brick|sky|sand|wood|snow}}"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_prompts(host):
+    """Naming and measuring by fewer prompts than usual."""
+    from concepts.host import meanings as words
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "NAMED_BY", 150)
+        patch.setattr(words, "MEASURED_BY", 40)
+        yield
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, host):
+    with torch.inference_mode():
+        return clip(request.param)
+
+
+def settings(**changes):
+    from concepts.host.learn_dictionary import DictionarySettings
+
+    return DictionarySettings(**{"name": "words", "k": 6, "expansion": 2, "steps": 12, "batch": 256, **changes})
+
+
+def learn(toy, earlier=None, text=CORPUS, save_every=0, **changes):
+    from concepts.host.learn_dictionary import learn_dictionary
+
+    with torch.inference_mode():
+        return learn_dictionary(toy[1], text, settings(**changes), earlier, save_every=save_every)
+
+
+@pytest.fixture(scope="module")
+def words(toy) -> Dictionary:
+    """Long enough that latents mean something."""
+    return learn(toy, steps=120, k=4, expansion=4, batch=512, reuse=8).dictionary
+
+
+def stock(given, text):
+    with torch.inference_mode():
+        return given.encode_from_tokens_scheduled(given.tokenize(text))
+
+
+def test_features_are_rows_of_the_stock_conditioning(family):
+    from concepts.host.token_features import read, spoken_encoder
+
+    encoder = spoken_encoder(family)
+    for text, one in zip(TEXTS, read(family, TEXTS), strict=True):
+        cond = stock(family, text)[0][0]
+        assert one.total == cond.shape[1] and len(one.ids) == len(one.places) == len(one.rows)
+        torch.testing.assert_close(one.rows, cond[0, list(one.places)].float(), rtol=1e-4, atol=1e-4)
+        plain = text.replace("(", "").replace(":1.3)", "")
+        assert list(one.ids) == encoder.ids(plain)
+
+
+def test_tokens_spell_words(family):
+    from concepts.host.token_features import find_word, read, spoken_encoder, words_of
+
+    encoder, (one,) = spoken_encoder(family), read(family, ["a photo of a hippogriff, a computer mouse"])
+    spelled = words_of(encoder, one.ids)
+    assert [w for w, _ in spelled] == ["a", "photo", "of", "a", "hippogriff", ",", "a", "computer", "mouse"]
+    assert [n for _, numbers in spelled for n in numbers] == list(range(len(one.ids)))
+    (beast,) = find_word(encoder, one.ids, "hippogriff")
+    assert len(beast) > 1 and beast == spelled[4][1]
+    assert find_word(encoder, one.ids, "computer mouse") == [spelled[7][1] + spelled[8][1]]
+    assert len(find_word(encoder, one.ids, "a")) == 3 and not find_word(encoder, one.ids, "cat")
+
+
+def test_a_corpus_draws_choices_and_holds_lines_back():
+    from concepts.host.corpus import Corpus
+
+    drawn = Corpus("a {red|blue} mug", 0)
+    assert {drawn.prompt(n) for n in range(30)} == {"a red mug", "a blue mug"} and drawn.distinct == 0
+    lines = [f"line {n}" for n in range(60)]
+    one, other = Corpus("\n".join(lines), 0), Corpus("\n".join(lines), 1)
+    assert one.distinct == 57 and len(one.held(100)) == 3
+    rounds = one.prompts(0, 57), one.prompts(57, 57)
+    assert set(rounds[0]) == set(rounds[1]) == set(lines) - set(one.held(3)) and rounds[0] != rounds[1]
+    assert one.prompts(0, 9) == Corpus("\n".join(lines), 0).prompts(0, 9) != other.prompts(0, 9)
+    bundled = Corpus("", 0)
+    many = bundled.prompts(0, 2000)
+    assert len(set(many)) > 1800 and not any(c in text for text in many for c in "{|}\n")
+
+
+@pytest.mark.parametrize("kind", ["TopK", "BatchTopK", "Matryoshka by k", "Matryoshka by prefix"])
+def test_every_kind_learns_saves_and_explains_more(toy, kind):
+    before = {k: v.clone() for k, v in toy[1].cond_stage_model.state_dict().items()}
+    done = learn(toy, kind=kind, steps=20)
+    first = learn(toy, kind=kind, steps=1, seed=0)
+    assert done.losses[-1] < done.losses[0] == first.losses[0]
+    assert done.dictionary.info["fvu"] < first.dictionary.info["fvu"]
+    assert (
+        ("threshold" in done.dictionary.tensors)
+        == ("threshold" in first.dictionary.tensors)
+        == (done.dictionary.k == 0)
+    )
+    torch.testing.assert_close(done.dictionary.tensors["decoder"].norm(dim=1), torch.ones(128))
+    kept = read_dictionary(done.saved)
+    assert all(torch.equal(kept.tensors[k], v) for k, v in done.dictionary.tensors.items())
+    assert kept.info == done.dictionary.info and done.trouble == ""
+    assert all(torch.equal(v, before[k]) for k, v in toy[1].cond_stage_model.state_dict().items())
+
+
+def test_what_is_reported_is_what_a_plain_pass_finds(toy, words):
+    """FVU and L0 over the tokens of the held-out prompts, densely."""
+    from concepts.host.corpus import Corpus
+    from concepts.host.meanings import MEASURED_BY
+    from concepts.host.token_features import read
+
+    x = torch.cat([one.rows for one in read(toy[1], Corpus(CORPUS, 0).held(MEASURED_BY))]).clone()
+    p = words.tensors
+    z = (((x - p["mean"]) * p["scale"] - p["decoder_bias"]) @ p["encoder"].T + p["encoder_bias"]).relu()
+    best = z.topk(words.k)
+    z = torch.zeros_like(z).scatter(1, best.indices, best.values)
+    rebuilt = (z @ p["decoder"] + p["decoder_bias"]) / p["scale"] + p["mean"]
+    left = (x - rebuilt).square().sum() / (x - x.mean(0)).square().sum()
+    assert words.info["fvu"] == pytest.approx(float(left), rel=1e-3)
+    assert words.info["l0"] == pytest.approx(float((z > 0).sum() / len(x)), rel=1e-3)
+    assert words.info["measured_tokens"] == len(x)
+
+
+@pytest.mark.parametrize("kind", ["TopK", "Matryoshka by prefix"])
+def test_continuing_equals_one_run_bit_for_bit(toy, kind):
+    same = {"kind": kind, "dead_after": 4}
+    whole = learn(toy, steps=14, **same)
+    part = learn(toy, steps=9, **same)
+    rest = learn(toy, read_dictionary(part.saved), steps=5, **same)
+    assert rest.losses == whole.losses
+    assert all(torch.equal(rest.dictionary.tensors[k], v) for k, v in whole.dictionary.tensors.items())
+    assert all(torch.equal(rest.dictionary.state[k], v) for k, v in whole.dictionary.state.items())
+
+
+def test_an_interrupt_keeps_the_last_step(toy, monkeypatch):
+    import comfy.model_management as management
+
+    from concepts.host import folders
+    from concepts.host.progress import Progress
+
+    def stop(self, done, latent=None):
+        if done == 5:
+            management.interrupt_current_processing()
+            management.throw_exception_if_processing_interrupted()
+
+    monkeypatch.setattr(Progress, "show", stop)
+    with pytest.raises(management.InterruptProcessingException):
+        learn(toy, name="stopped")
+    (file,) = folders.dictionaries().glob("stopped-*.safetensors")
+    monkeypatch.undo()
+    kept, whole = read_dictionary(file), learn(toy)
+    assert kept.info["learned"]["steps"] == 5 and kept.state["losses"].tolist() == whole.losses[:5]
+    assert learn(toy, kept, steps=7, name="stopped").losses == whole.losses
+
+
+def test_bf16_preselection_learns_the_same(toy):
+    exact, rough = learn(toy, steps=6), learn(toy, steps=6, precision="bf16")
+    assert rough.losses == pytest.approx(exact.losses, rel=2e-2)
+    assert rough.losses[0] == pytest.approx(exact.losses[0], rel=1e-3)
+
+
+def test_only_auxk_reaches_latents_that_never_fire(toy):
+    """Encoder rows too short to be among the k largest stay as they are, until they count as dead."""
+    from concepts.host.corpus import Corpus
+    from concepts.host.learn_dictionary import DictionarySession
+    from concepts.kernels.fit import fit
+
+    moved = {}
+    for dead_after in (3, 10**6):
+        with torch.inference_mode(False), torch.enable_grad():
+            own = settings(dead_after=dead_after)
+            session = DictionarySession(toy[1], Corpus(CORPUS, 0), own, None, torch.device("cpu"))
+            session.parameters["encoder"][64:] *= 1e-3
+            start = session.parameters["encoder"][64:].clone()
+            for step in fit(session.parameters, session.loss, session.optimiser(), 6):
+                session.finished()
+                assert step.number > 3 or torch.equal(session.parameters["encoder"][64:], start)
+            moved[dead_after] = not torch.equal(session.parameters["encoder"][64:], start)
+            assert bool(session.dead[64:].all()) == (dead_after == 3)
+    assert moved == {3: True, 10**6: False}
+
+
+def test_settings_that_do_not_fit_are_refused(toy):
+    done = learn(toy, steps=2)
+    with pytest.raises(CarrierMismatch, match="Continue with the same settings"):
+        learn(toy, done.dictionary, k=5)
+    with pytest.raises(ValueError, match="set k to at most"):
+        learn(toy, k=1000)
+    with pytest.raises(CarrierMismatch, match="of tokens of 64 numbers"):
+        with torch.inference_mode():
+            other = clip("sdxl")
+        learn((None, other), done.dictionary, steps=1)
+
+
+def test_strongest_latents_are_named_after_their_words(toy, words):
+    """Most colours and shapes have a strongest latent that the corpus calls by that word."""
+    from concepts.host.meanings import encode_words, table
+
+    wanted = [*COLOURS.split("|"), *SHAPES.split("|")]
+    text = "\n".join(f"a photo of a {c} {s}" for c in COLOURS.split("|") for s in SHAPES.split("|"))
+    with torch.inference_mode():
+        codes = encode_words(toy[1], words, text, wanted)
+    called = [w for w in wanted if w in words.label(codes.strongest(w, 1)[0][0], 5).split(", ")]
+    assert len(called) > len(wanted) / 2, called
+    assert len(codes.words["red"]) == len(SHAPES.split("|")) and codes.tokens["red"].shape[1] == 64
+    shown = table(codes, 2)
+    assert shown.count("active latents in") == len(wanted) and shown.count("#") == 0
+
+
+def test_every_word_is_encoded_without_a_list(toy, words):
+    from concepts.host.meanings import encode_words
+
+    with torch.inference_mode():
+        codes = encode_words(toy[1], words, "a red mug, a hat", [])
+        assert list(codes.words) == ["a", "red", "mug", "hat"] and len(codes.words["a"]) == 2
+        with pytest.raises(ValueError, match="No prompt holds cat; the words are: a, red, mug"):
+            encode_words(toy[1], words, "a red mug, a hat", ["mug", "cat"])
+        with pytest.raises(ValueError, match="no prompt"):
+            encode_words(toy[1], words, " \n", [])
+        with pytest.raises(CarrierMismatch, match="64 numbers of clip_l, this text encoder"):
+            encode_words(clip("sdxl"), words, "a mug", [])
+
+
+def test_attribution_is_activation_times_slope_of_the_loss(toy, words, mug_set):
+    """Against the loss itself with each latent moved a little, the draw repeated by hand."""
+    from concepts.host.attribution import gradient_scores
+    from concepts.host.denoise import Denoiser, sigmas_at
+    from concepts.host.meanings import encode_words
+    from concepts.host.token_features import find_word, read, spoken_encoder
+    from concepts.kernels.draws import generator
+
+    text = "a photo of a red mug"
+    with torch.inference_mode():
+        codes = encode_words(toy[1], words, text, ["mug"])
+        scores = gradient_scores(codes, toy[0], toy[1], mug_set, draws=1, seed=3)["mug"]
+    active = codes.words["mug"][0].nonzero()[:, 0]
+    assert set(scores.nonzero()[:, 0].tolist()) <= set(active.tolist()) and len(active) == words.k
+    (one,) = read(toy[1], [text])
+    (place,) = [one.places[n] for numbers in find_word(spoken_encoder(toy[1]), one.ids, "mug") for n in numbers]
+    cond, facts = stock(toy[1], text)[0]
+    draw = generator(3, 0, "attribution")
+    d = Denoiser(toy[0])
+    clean = d.clean(mug_set.latents[0][None])
+    sigma = sigmas_at(d.sampling, torch.rand(1, generator=draw, dtype=torch.float64))
+    noise = torch.randn(clean.shape, generator=draw)
+
+    def loss(latent, amount):
+        with torch.no_grad():
+            moved = cond.clone()
+            rows = cond[0, [place]].float().clone()
+            moved[0, [place]] = words.coder().moved(rows, torch.full((1, 1), amount), torch.full((1, 1), int(latent)))
+            estimate = d(d.noised(clean, noise, sigma), sigma, [[moved, dict(facts)]])
+            return float(((estimate - clean) / sigma).square().double().mean())
+
+    for latent in active:
+        slope = (loss(latent, 0.05) - loss(latent, -0.05)) / 0.1
+        wanted = abs(slope * float(codes.words["mug"][0, latent]))
+        assert float(scores[latent]) == pytest.approx(wanted, rel=0.05, abs=1e-4)
+
+
+def test_attribution_wants_a_prompt_per_picture(toy, words, mug_set):
+    from concepts.host.attribution import gradient_scores
+    from concepts.host.meanings import encode_words
+
+    with torch.inference_mode():
+        codes = encode_words(toy[1], words, "a mug\na red mug", ["mug"])
+        with pytest.raises(ValueError, match="2 prompts and 5 pictures"):
+            gradient_scores(codes, toy[0], toy[1], mug_set)
+
+
+def steer(given, cond, dictionary, latents="3", mode="add", amount=2.0, text="a red mug on sand", word="mug"):
+    from concepts.host.steer import steered
+
+    with torch.inference_mode():
+        return steered(given, cond, dictionary, text, word, latents, mode, amount)
+
+
+def dictionary_for(given) -> Dictionary:
+    """Random latents of the right width."""
+    from concepts.host.token_features import read
+
+    d = read(given, ["a"])[0].rows.shape[1]
+    g = torch.Generator().manual_seed(1)
+    rows = torch.nn.functional.normalize(torch.randn(40, d, generator=g))
+    parts = {"encoder": rows, "encoder_bias": torch.zeros(40), "decoder": rows, "decoder_bias": torch.zeros(d)}
+    return Dictionary("random", parts | {"mean": torch.zeros(d), "scale": torch.full((d,), 3.0)}, 5)
+
+
+def test_only_the_words_rows_move(family):
+    from concepts.host.token_features import find_word, read, spoken_encoder
+
+    given, text = dictionary_for(family), "a red mug on sand"
+    before = stock(family, text)
+    after, report = steer(family, before, given, "3, 7")
+    (one,) = read(family, [text])
+    (numbers,) = find_word(spoken_encoder(family), one.ids, "mug")
+    places = [one.places[n] for n in numbers]
+    change = (after[0][0] - before[0][0])[0].float()
+    assert change.abs().sum(1).nonzero()[:, 0].tolist() == places
+    wanted = 2 * (given.tensors["decoder"][3] + given.tensors["decoder"][7]) / 3
+    torch.testing.assert_close(change[places], wanted.expand(len(places), -1), rtol=1e-3, atol=1e-4)
+    pooled = before[0][1].get("pooled_output")
+    assert pooled is None or torch.equal(after[0][1]["pooled_output"], pooled)
+    assert f"{len(places)} tokens" in report and "mug #3: " in report
+
+
+def test_without_a_word_every_row_moves(toy, words):
+    before = stock(toy[1], "a red mug on sand")
+    change = (steer(toy[1], before, words, word=" ")[0][0][0] - before[0][0])[0]
+    wanted = 2 * words.tensors["decoder"][3] / words.tensors["scale"]
+    torch.testing.assert_close(change, wanted.expand_as(change), rtol=1e-3, atol=1e-4)
+
+
+def test_amounts_that_change_nothing_give_the_conditioning_itself(toy, words):
+    before = stock(toy[1], "a red mug on sand")
+    assert steer(toy[1], before, words, mode="add", amount=0.0)[0] is before
+    assert steer(toy[1], before, words, mode="scale", amount=1.0)[0] is before
+
+
+def test_scaling_by_zero_takes_a_latent_away(toy, words):
+    from concepts.host.meanings import encode_words
+
+    with torch.inference_mode():
+        latent, value = encode_words(toy[1], words, "a red mug on sand", ["mug"]).strongest("mug", 1)[0]
+    before = stock(toy[1], "a red mug on sand")
+    after, report = steer(toy[1], before, words, str(latent), "scale", 0.0)
+    assert f"mug #{latent}: {value:.3f} -> 0.000" in report
+    change = (after[0][0] - before[0][0])[0]
+    row = change[change.abs().sum(1).nonzero()[0, 0]]
+    torch.testing.assert_close(
+        row, -value * words.tensors["decoder"][latent] / words.tensors["scale"], rtol=1e-3, atol=1e-4
+    )
+    idle = next(
+        n
+        for n in range(words.size)
+        if n != latent and "0.000" in steer(toy[1], before, words, str(n))[1].split("->")[0]
+    )
+    assert torch.equal(steer(toy[1], before, words, str(idle), "scale", 0.0)[0][0][0], before[0][0])
+
+
+def test_steering_what_is_not_there_is_refused(toy, words):
+    before = stock(toy[1], "a red mug on sand")
+    for changes, message in [
+        ({"word": "cat"}, "its words are: a, red, mug, on, sand"),
+        ({"latents": "999999"}, "no latent of words"),
+        ({"latents": ""}, "Nothing"),
+        ({"latents": "1.5"}, "no latent"),
+        ({"mode": "twist"}, "add, scale"),
+        ({"text": "a <mug> on sand"}, "plain prompts"),
+        ({"text": "a mug " * 60}, "connect the conditioning of the same prompt"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            steer(toy[1], before, words, **changes)
+
+
+def test_rows_per_layer_are_refused(toy, words):
+    from concepts.carriers.concept import Concept
+    from concepts.host.text import encode_prompt
+    from concepts.host.variants import layers_of
+
+    names = layers_of(toy[0].model.diffusion_model)
+    layered = Concept("x", "tokens", {"clip_l": torch.randn(1, len(names), 1, 1, 64)}, {"layers": names})
+    with torch.inference_mode():
+        cond = encode_prompt(toy[1], "a red <x> on sand", [(layered, 1.0)])
+    with pytest.raises(CarrierMismatch, match="per stage, layer or role"):
+        steer(toy[1], cond, words)
