@@ -74,7 +74,7 @@ def places(first: Features, second: Features, name: str, x: float, y: float) -> 
         seen = kernel.similarity(vector, b)
         cell = seen.argmax().view(1)
         pair = kernel.Pairs(torch.zeros_like(cell), cell, seen.flatten()[cell])
-        best.append(points(*kernel.refine(pair, vector[None], b).unbind(1), b, size))
+        best.append(points(*kernel.refine(pair, vector[None], b).unbind(1), b.shape[1:], size))
         heat.append(seen)
     return Places((x, y), torch.stack(heat), torch.cat(best), size)
 

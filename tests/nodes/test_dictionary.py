@@ -32,7 +32,7 @@ def trained(made: dict) -> dict:
 
 
 def test_trained_loaded_and_continued(client, server):
-    made = trained(graph("10"))
+    made = trained(graph("13"))
     (learner,) = keys(made, "ConceptTrainDictionary")
     text = run(client, made)[learner]["text"][0]
     assert "40 steps" in text and "FVU" in text and "saved: output/dictionaries/served-" in text
@@ -44,7 +44,7 @@ def test_trained_loaded_and_continued(client, server):
 
 
 def test_files_outside_the_list_are_refused(client):
-    made = trained(graph("10"))
+    made = trained(graph("13"))
     (learner,) = keys(made, "ConceptTrainDictionary")
     for file in ("../secret.safetensors", "/etc/passwd", "gone.safetensors"):
         made["load"] = {"class_type": "ConceptLoadDictionary", "inputs": {"file": file, "k": 0}}
@@ -55,7 +55,7 @@ def test_files_outside_the_list_are_refused(client):
 
 def test_pruned_by_gradient_and_steered(client):
     """The gradient wants pictures; steering by 0 draws the stock picture, by much another one."""
-    made = trained(graph("10"))
+    made = trained(graph("13"))
     (world,), (learner,) = (keys(made, k) for k in ("ConceptLoadToyWorld", "ConceptTrainDictionary"))
     text = "a photo of a red mug, sand background"
     made |= {
