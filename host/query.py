@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import comfy.sample
 import torch
-from comfy.samplers import KSampler
 
 from ..carriers.concept import Concept
 from . import lora
@@ -14,7 +13,6 @@ from .progress import Progress
 from .refine import Refined, RefineSession, RefineSettings, TooFew, refine
 from .text import encode_prompt
 
-SAMPLERS, SCHEDULERS = KSampler.SAMPLERS, KSampler.SCHEDULERS
 SHOWN = 40
 """Lines in the picture of the matches."""
 

@@ -2,12 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..carriers.foreign_dictionary import read_dictionary
 from ..host import folders
-from ..host.corpus import Corpus
-from ..host.learn_dictionary import KINDS, DictionarySettings, learn_dictionary, learned_text
-from ..host.meanings import named
-from ..host.pictures import loss_curves
 from .sockets import Dictionary
 
 
@@ -37,7 +32,7 @@ class TrainDictionary(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "kind",
-                    options=list(KINDS),
+                    options=["TopK", "BatchTopK", "Matryoshka by k", "Matryoshka by prefix"],
                     default="TopK",
                     tooltip="TopK: so many latents for every token. BatchTopK: so many on average. Matryoshka by k "
                     "(MSAE): few latents say the coarse, more the fine. By prefix: the first latents are the general "
@@ -125,6 +120,9 @@ class TrainDictionary(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, corpus, save_every, continue_from=None, **values) -> io.NodeOutput:
+        from ..host.learn_dictionary import DictionarySettings, learn_dictionary, learned_text  # not at every start
+        from ..host.pictures import loss_curves
+
         done = learn_dictionary(clip, corpus, DictionarySettings(**values), continue_from, save_every=save_every)
         text = learned_text(done)
         return io.NodeOutput(
@@ -174,6 +172,10 @@ class LoadDictionary(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, k, clip=None) -> io.NodeOutput:
+        from ..carriers.foreign_dictionary import read_dictionary  # not at every start
+        from ..host.corpus import Corpus
+        from ..host.meanings import named
+
         dictionary = read_dictionary(folders.find_dictionary(file), k)
         if clip is not None and not dictionary.info.get("words"):
             dictionary = named(clip, dictionary, Corpus("", 0))

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host import finding
 from .matching import sources
 from .sockets import Features
 
@@ -55,6 +54,8 @@ class MatchPoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, kind, x, y, mask=None, first_image=None, second_images=None) -> io.NodeOutput:
+        from ..host import finding  # not at every start
+
         if mask is not None:
             x, y = finding.centre(mask, first)
         found = finding.places(first, second, kind.strip(), x, y)
@@ -81,6 +82,8 @@ class TransferMask(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, kind, mask) -> io.NodeOutput:
+        from ..host import finding  # not at every start
+
         return io.NodeOutput(finding.transferred(first, second, kind.strip(), mask))
 
 
@@ -114,6 +117,8 @@ class FindPicture(io.ComfyNode):
 
     @classmethod
     def execute(cls, reference, candidates, mask=None) -> io.NodeOutput:
+        from ..host import finding  # not at every start
+
         found = finding.ranked(reference, candidates, mask)
         best, score = found.order[0]
         return io.NodeOutput(best, score, found.json(), found.chart(), ui={"text": (found.text(),)})

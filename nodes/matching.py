@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host import matching
 from .sockets import Features
 
 
@@ -88,6 +87,8 @@ class MatchFeatures(io.ComfyNode):
         frames=81,
         **how,
     ) -> io.NodeOutput:
+        from ..host import matching  # not at every start
+
         which = (first_picture, second_picture)
         how["minimum"] = how.pop("minimum_score")
         found = matching.matches(first, second, kind.strip(), which, (first_mask, second_mask), **how)

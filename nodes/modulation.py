@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.learn_modulation import LAW, ModulationSession, ModulationSettings
 from ..host.modulation import CHOICES
 from ..kernels.draws import LAWS
 from . import inputs as shared
@@ -65,7 +64,7 @@ class LearnModulation(io.ComfyNode):
                     "which must not change. Keeps words of different pictures apart. 0: none, and faster.",
                 ),
                 *shared.noise(
-                    laws=(LAW, *LAWS),
+                    laws=("two stages", *LAWS),
                     law_tip="Which noise levels are trained. two stages: TokenVerse's, 92% above 0.8 while one "
                     "direction is learned for all blocks, 92% below afterwards, whatever low and high say.",
                 ),
@@ -109,6 +108,8 @@ class LearnModulation(io.ComfyNode):
 
     @classmethod
     def execute(cls, isolation_set=None, continue_from=None, **values) -> io.NodeOutput:
+        from ..host.learn_modulation import ModulationSession, ModulationSettings  # not at every start
+
         settings = ModulationSettings(
             **shared.run_settings(values),
             captions=values["captions"],

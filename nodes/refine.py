@@ -2,8 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.query import SAMPLERS, SCHEDULERS, refined
-from ..host.refine import TEXTS, RefineSettings
+from ..host.class_pictures import SAMPLERS, SCHEDULERS
 from ..kernels.losses import DISTANCES
 from .sockets import Concept
 
@@ -127,7 +126,7 @@ class RefineConcept(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "loss_text",
-                    options=list(TEXTS),
+                    options=["reference", "picture"],
                     default="reference",
                     advanced=True,
                     tooltip="Prompt of the diffusion loss: the references' own, or the picture's, as the paper's third "
@@ -161,6 +160,9 @@ class RefineConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, concept, image, latent, text, **values) -> io.NodeOutput:
+        from ..host.query import refined  # not at every start
+        from ..host.refine import RefineSettings
+
         rate = values["learning_rate"] or concept.info.get("learning_rate")
         if not rate:
             raise ValueError(

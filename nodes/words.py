@@ -2,10 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..carriers.codes import contrast, prune
-from ..host.attribution import gradient_scores
-from ..host.meanings import encode_words, picture, table
-from ..host.steer import MODES, steered
 from .sockets import Codes, ConceptSet, Dictionary
 
 
@@ -49,6 +45,8 @@ class EncodeWords(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, dictionary, text, words, shown) -> io.NodeOutput:
+        from ..host.meanings import encode_words, picture, table  # not at every start
+
         wanted = list(dict.fromkeys(w.strip() for w in words.split(",") if w.strip()))
         codes = encode_words(clip, dictionary, text, wanted)
         lines = table(codes, shown)
@@ -123,6 +121,10 @@ class PruneCode(io.ComfyNode):
     def execute(
         cls, codes, method, keep, exclusive, active_in, draws, seed, model=None, clip=None, concept_set=None
     ) -> io.NodeOutput:
+        from ..carriers.codes import contrast, prune  # not at every start
+        from ..host.attribution import gradient_scores
+        from ..host.meanings import picture, table
+
         if method == "contrast":
             scores = contrast(codes)
         elif None in (model, clip, concept_set):
@@ -169,7 +171,7 @@ class SteerWord(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=list(MODES),
+                    options=["add", "scale"],
                     default="add",
                     tooltip="add: amount on top of the activation. scale: activation times amount, 0 takes it away.",
                 ),
@@ -191,6 +193,8 @@ class SteerWord(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, conditioning, dictionary, text, word, latents, mode, amount) -> io.NodeOutput:
+        from ..host.steer import steered  # not at every start
+
         return io.NodeOutput(*steered(clip, conditioning, dictionary, text, word, latents, mode, amount))
 
 
