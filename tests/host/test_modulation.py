@@ -9,6 +9,7 @@ from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierMismatch
 from concepts.kernels import controller
 
+from .test_variants import sample as sampled
 from .tiny import fill, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
@@ -56,25 +57,8 @@ def prompt(made, text, *concepts, strength=1.0, cached=False):
         return encode_prompt(made.clip, text, [(c, strength) for c in concepts], cached)
 
 
-def sample(made, positive, negative=None, cfg=1.0, steps=3, batch=1, model=None):
-    import comfy.sample
-
-    with torch.inference_mode():
-        negative = prompt(made, "") if negative is None else negative
-        noise = torch.randn(batch, *made.latent.shape, generator=torch.Generator().manual_seed(7))
-        return comfy.sample.sample(
-            model or made.model,
-            noise,
-            steps,
-            cfg,
-            "euler",
-            "simple",
-            positive,
-            negative,
-            torch.zeros_like(noise),
-            seed=0,
-            disable_pbar=True,
-        )
+def sample(made, positive, negative=None, cfg=1.0, steps=3, **more):
+    return sampled(made, positive, negative, cfg, steps, **more)
 
 
 def near(a, b) -> bool:
