@@ -2,15 +2,12 @@
 
 import comfy.sample
 import torch
-from comfy.samplers import KSampler
 
 from ..kernels.draws import generator
 from .concept_set import ConceptSet
 from .progress import Progress
 
 STEPS, SAMPLER, SCHEDULER = 25, "dpmpp_2m", "simple"
-SAMPLERS, SCHEDULERS = KSampler.SAMPLERS, KSampler.SCHEDULERS
-"""What the host has."""
 
 
 def guidance(model) -> float:

@@ -8,6 +8,9 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
+SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+"""What the host has."""
+
 
 def space_of(sampling) -> tuple[str, float]:
     """Prediction space of a model's ``model_sampling`` and its sigma_data (comfy/model_sampling.py).

@@ -4,9 +4,6 @@ from pathlib import Path
 
 import folder_paths
 
-from ..carriers.concept import Concept
-from ..carriers.delta import bundled
-
 KIND, DICTIONARIES = "concepts", "dictionaries"
 EXAMPLES = Path(__file__).resolve().parent.parent / "demo"
 
@@ -63,11 +60,13 @@ def dictionaries() -> Path:
     return place
 
 
-def home(folder: str, concept: Concept) -> Path:
+def home(folder: str, concept) -> Path:
     """Where a concept is saved: ``concepts`` is output/concepts, others are the host's first folder of that name.
 
     Raises: ValueError when the stock loader of that folder could not read it.
     """
+    from ..carriers.delta import bundled  # not at every start
+
     if folder == KIND:
         return output()
     if concept.kind == "modulation":

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.show import shown
 from .sockets import named_concepts
 
 
@@ -66,6 +65,8 @@ class ShowAttention(io.ComfyNode):
     def execute(
         cls, model, clip, text, words, noise_levels, seed, concepts=None, image=None, vae=None, latent=None
     ) -> io.NodeOutput:
+        from ..host.show import shown  # not at every start
+
         given = [c for c in (concepts or {}).values() if c is not None]
         return io.NodeOutput(*shown(model, clip, text, given, words, noise_levels, seed, image, vae, latent))
 

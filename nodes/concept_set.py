@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.concept_set import make_set
 from .sockets import ConceptSet
 
 
@@ -64,6 +63,8 @@ class MakeSet(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, vae, captions, template, resolution, mirror, masks=None) -> io.NodeOutput:
+        from ..host.concept_set import make_set  # not at every start
+
         texts = [line.strip() for text in captions for line in text.splitlines() if line.strip()]
         return io.NodeOutput(
             make_set(

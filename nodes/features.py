@@ -2,9 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.feature_pictures import KINDS, coloured
-from ..host.feature_places import PRESETS
-from ..host.features import extracted
 from .sockets import Features, named_concepts
 
 
@@ -33,7 +30,7 @@ class ExtractFeatures(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESETS),
+                    options=["DIFT", "PDM", "DIFT + PDM", "custom"],
                     default="DIFT",
                     tooltip="DIFT: what a part is, for matching. PDM: how it looks, for telling one from another of "
                     "its kind. custom: only the block, layer and words named below.",
@@ -120,6 +117,8 @@ class ExtractFeatures(io.ComfyNode):
         ensemble=0,
         add_noise="auto",
     ) -> io.NodeOutput:
+        from ..host.features import extracted  # not at every start
+
         given = [c for c in (concepts or {}).values() if c is not None]
         by_hand = {
             "timestep": None if timestep < 0 else timestep,
@@ -148,7 +147,7 @@ class ShowFeatures(io.ComfyNode):
                 Features.Input("features", tooltip="From Extract Features."),
                 io.Combo.Input(
                     "kind",
-                    options=list(KINDS),
+                    options=["auto", "dift", "query", "key", "value", "attention"],
                     default="auto",
                     tooltip="Which map to show; auto: the first one that was extracted. attention: a colour mix of all "
                     "words.",
@@ -176,6 +175,8 @@ class ShowFeatures(io.ComfyNode):
 
     @classmethod
     def execute(cls, features, kind, second_features=None, mask=None, second_mask=None) -> io.NodeOutput:
+        from ..host.feature_pictures import coloured  # not at every start
+
         return io.NodeOutput(coloured(features, kind, second_features, mask, second_mask))
 
 

@@ -3,14 +3,9 @@
 import json
 from dataclasses import replace
 
-import torch
 from comfy_api.latest import io
 
-from ..carriers.files import write_new
-from ..carriers.foreign import read_any
 from ..host import folders
-from ..host.pictures import bars
-from ..host.report import inspect_text
 from .sockets import Concept
 
 
@@ -66,6 +61,8 @@ class SaveCarrier(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept, filename, folder, training_state, workflow) -> io.NodeOutput:
+        from ..carriers.files import write_new  # not at every start
+
         state = training_state and folder != "loras"  # the stock loader warns about every tensor it does not know
         notes = (
             {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
@@ -111,6 +108,8 @@ class LoadCarrier(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, name) -> io.NodeOutput:
+        from ..carriers.foreign import read_any  # not at every start
+
         concept = read_any(folders.find(file))
         return io.NodeOutput(replace(concept, name=name.strip()) if name.strip() else concept)
 
@@ -158,6 +157,11 @@ class InspectCarrier(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept, words, clip=None) -> io.NodeOutput:
+        import torch  # not at every start
+
+        from ..host.pictures import bars
+        from ..host.report import inspect_text
+
         with torch.no_grad():
             text, marks = inspect_text(concept, clip, words)
         return io.NodeOutput(text, bars(marks, f"<{concept.name}>: cosine to the nearest words"), ui={"text": (text,)})

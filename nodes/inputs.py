@@ -1,12 +1,7 @@
 """Inputs and outputs that all learners share, in the order in which they stand on a node."""
 
-import torch
 from comfy_api.latest import io
 
-from ..host.learn import Learned, Session, learn
-from ..host.pictures import loss_curves
-from ..host.report import learned_text
-from ..host.text import encoders
 from ..kernels.draws import LAWS
 from .sockets import Concept, ConceptSet
 
@@ -164,6 +159,8 @@ def outputs() -> list:
 
 def chosen(clip, values: dict) -> tuple[str, ...]:
     """Encoder keys of this CLIP that are ticked in a node's ``values``."""
+    from ..host.text import encoders  # not at every start
+
     wanted = {key: values[f"use_{key}"] for key in ("clip_l", "clip_g", "t5xxl")}
     return tuple(e.key for e in encoders(clip) if wanted.get(e.key, values["use_other"])) or ("none ticked",)
 
@@ -182,8 +179,14 @@ def run_settings(values: dict) -> dict:
     return {k: values[k] for k in same} | {f"time_{k}": values[f"timestep_{k}"] for k in ("law", "low", "high")}
 
 
-def run(session: Session, values: dict) -> tuple[Learned, tuple, str]:
-    """Learns as a node's ``values`` say. Returns: the result, the values of ``outputs()``, and the report."""
+def run(session, values: dict) -> tuple:
+    """Learns with a learner's session as a node's ``values`` say. Returns: result, values of ``outputs()``, report."""
+    import torch  # not at every start
+
+    from ..host.learn import learn
+    from ..host.pictures import loss_curves
+    from ..host.report import learned_text
+
     shown = {k: values[k] for k in ("preview_every", "save_every", "checkpointing")}
     done = learn(session, **shown)
     text = learned_text(done)

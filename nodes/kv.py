@@ -2,9 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.attention import LAYERS
-from ..host.learn_kv import MAPPERS, KVSession, KVSettings
-from ..kernels.attention import LOSSES
 from . import inputs as shared
 
 
@@ -52,7 +49,7 @@ class LearnKV(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mapper",
-                    options=list(MAPPERS),
+                    options=["self-attention", "free"],
                     default="self-attention",
                     tooltip="self-attention: a small network makes all vectors from the class word, as in the paper; "
                     "it is kept in the training state only. free: the vectors themselves are learned.",
@@ -69,7 +66,7 @@ class LearnKV(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "attention_layers",
-                    options=list(LAYERS),
+                    options=["half", "quarter", "all"],
                     default="half",
                     advanced=True,
                     tooltip="Whose maps are compared: those of half the latent's side (32 x 32 for SD1.5 at 512 px, as "
@@ -77,7 +74,7 @@ class LearnKV(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "attention_loss",
-                    options=list(LOSSES),
+                    options=["probabilities", "logits", "moments"],
                     default="probabilities",
                     advanced=True,
                     tooltip="probabilities: squared difference of the maps, every word. logits: before the softmax. "
@@ -99,6 +96,8 @@ class LearnKV(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concept_set, continue_from=None, **values) -> io.NodeOutput:
+        from ..host.learn_kv import KVSession, KVSettings  # not at every start
+
         same = ("stages", "mapper", "attention_weight", "attention_layers", "attention_loss")
         settings = KVSettings(
             **shared.run_settings(values),

@@ -2,8 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.learn_neti import NetiSession, NetiSettings, check_alone
-from ..host.learn_tokens import TokenSession, TokenSettings
 from . import inputs as shared
 
 
@@ -113,6 +111,9 @@ class LearnTokens(io.ComfyNode):
     def execute(
         cls, model, clip, concept_set, continue_from=None, layers="shared", stages=1, mapper="none", **values
     ) -> io.NodeOutput:
+        from ..host.learn_neti import NetiSession, NetiSettings, check_alone  # not at every start
+        from ..host.learn_tokens import TokenSession, TokenSettings
+
         same = shared.run_settings(values) | {
             "init": values["init"],
             "init_text": values["init_text"].strip(),

@@ -2,8 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host import lora
-from ..host.learn_lora import LoraSession, LoraSettings
 from . import inputs as shared
 from .sockets import Concept, ConceptSet
 
@@ -46,7 +44,7 @@ class LearnLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "layers",
-                    options=list(lora.CHOICES),
+                    options=["attention", "cross attention", "keys and values", "all linear"],
                     default="attention",
                     tooltip="What changes. attention: all of it, as ConceptPrism does; on Flux that of the double "
                     "blocks. keys and values: of cross-attention, as Custom Diffusion does. all linear: every linear "
@@ -125,6 +123,8 @@ class LearnLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, residuals=None, **lists) -> io.NodeOutput:
+        from ..host.learn_lora import LoraSession, LoraSettings  # not at every start
+
         values = shared.single(lists)
         settings = LoraSettings(
             **shared.run_settings(values),
@@ -182,6 +182,8 @@ class ApplyCarrier(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, concept, strength) -> io.NodeOutput:
+        from ..host import lora  # not at every start
+
         return io.NodeOutput(lora.apply(model, concept, strength))
 
 

@@ -2,8 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..carriers.mix import MODES, mix
-from ..host.variants import layers_of
 from .sockets import Concept
 
 
@@ -24,7 +22,7 @@ class MixCarriers(io.ComfyNode):
                 Concept.Input("concept_b", tooltip="The concept to go to, with as many vectors as concept_a."),
                 io.Combo.Input(
                     "mode",
-                    options=list(MODES),
+                    options=["slerp", "linear", "layers", "stages"],
                     default="slerp",
                     tooltip="slerp: between the directions, as Directional Textual Inversion does. linear: straight. "
                     "layers: inner layers of a, outer ones of b (P+). stages: clean levels of a, noisy ones of b.",
@@ -70,6 +68,9 @@ class MixCarriers(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept_a, concept_b, mode, amount, from_layer, to_layer, name, model=None) -> io.NodeOutput:
+        from ..carriers.mix import mix  # not at every start
+        from ..host.variants import layers_of
+
         layers = layers_of(model.model.diffusion_model) if model is not None else []
         return io.NodeOutput(mix(concept_a, concept_b, name.strip(), mode, amount, from_layer, to_layer, layers))
 

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.modulation import CHOICES
 from ..kernels.draws import LAWS
 from . import inputs as shared
 from .sockets import ConceptSet
@@ -49,7 +48,7 @@ class LearnModulation(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "blocks",
-                    options=list(CHOICES),
+                    options=["all", "double blocks"],
                     default="all",
                     tooltip="Which blocks see the directions. all: TokenVerse. double blocks: only where text and "
                     "picture have streams of their own, as XVerse does. The same on SD3.",

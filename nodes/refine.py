@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.class_pictures import SAMPLERS, SCHEDULERS
+from ..host.denoise import SAMPLERS, SCHEDULERS
 from ..kernels.losses import DISTANCES
 from .sockets import Concept
 

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.learn_residual import PRESETS, ResidualSession, preset
 from . import inputs as shared
 from .sockets import Concept
 
@@ -24,7 +23,7 @@ class LearnResiduals(io.ComfyNode):
                 *shared.sources("mug"),
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESETS),
+                    options=["paper", "repository", "flux repository", "custom"],
                     default="paper",
                     tooltip="custom: the widgets count. Any other replaces steps, learning_rate, accumulate, "
                     "residual_length, joining, beta and weight_decay. paper: 200, 4e-4, 4, 8, with, 0.05, 0.01. "
@@ -166,6 +165,8 @@ class LearnResiduals(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concept_set, continue_from=None, **values) -> io.NodeOutput:
+        from ..host.learn_residual import ResidualSession, preset  # not at every start
+
         shown = {
             k: values[k] for k in ("vectors", "residual_init", "beta", "anchors", "reduction", "null_bank", "rescale")
         }

@@ -2,10 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..demo import world
-from ..host import toybox
-from ..host.pictures import batch
-
 
 class LoadToyWorld(io.ComfyNode):
     """The pack's own small SD1-type model."""
@@ -33,6 +29,8 @@ class LoadToyWorld(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
+        from ..host import toybox  # not at every start
+
         return io.NodeOutput(*toybox.load())
 
 
@@ -51,7 +49,22 @@ class LoadToyReferences(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "subject",
-                    options=list(world.NOVEL),
+                    options=[
+                        "crown",
+                        "umbrella",
+                        "rocket",
+                        "duck",
+                        "cross-mug",
+                        "bolt-house",
+                        "clover-bottle",
+                        "zigzag-mug",
+                        "ring-heart",
+                        "quartered-bell",
+                        "red-blue-hat",
+                        "white-green-star",
+                        "purple-orange-fish",
+                        "poster-style",
+                    ],
                     default="cross-mug",
                     tooltip="What is on the pictures: new outlines, emblems, patterns, two-colour objects or a style.",
                 ),
@@ -81,6 +94,9 @@ class LoadToyReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, subject, count, seed) -> io.NodeOutput:
+        from ..demo import world  # not at every start
+        from ..host.pictures import batch
+
         scenes = world.references(subject, count, seed)
         drawn = [world.render(scene) for scene in scenes]
         captions = "\n".join(world.reference_caption(scene, "{}") for scene in scenes)

@@ -3,6 +3,7 @@
 ``python -m pytest --comfyui=FOLDER tests/nodes/test_schema.py --snapshot-update`` writes schema.json anew, on purpose.
 """
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -103,3 +104,28 @@ def test_nothing_of_ours_is_in_the_log(server, nodes):
         if re.search(r"concept[-_ ]?carrier", line, re.I)
     ]
     assert not [line for line in lines if re.search("warn|error|deprecat|traceback", line, re.I)], lines
+
+
+KNOWN = [
+    ("ConceptExtractFeatures", "preset", "host.feature_places", "PRESETS"),
+    ("ConceptShowFeatures", "kind", "host.feature_pictures", "KINDS"),
+    ("ConceptLearnKV", "mapper", "host.learn_kv", "MAPPERS"),
+    ("ConceptLearnKV", "attention_layers", "host.attention", "LAYERS"),
+    ("ConceptLearnKV", "attention_loss", "kernels.attention", "LOSSES"),
+    ("ConceptLearnLora", "layers", "host.lora", "CHOICES"),
+    ("ConceptLearnResiduals", "preset", "host.learn_residual", "PRESETS"),
+    ("ConceptLearnModulation", "blocks", "host.modulation", "CHOICES"),
+    ("ConceptMixCarriers", "mode", "carriers.mix", "MODES"),
+    ("ConceptLoadToyReferences", "subject", "demo.world", "NOVEL"),
+    ("ConceptTrainDictionary", "kind", "host.learn_dictionary", "KINDS"),
+    ("ConceptRefineForPrompt", "loss_text", "host.refine", "TEXTS"),
+    ("ConceptSteerWord", "mode", "host.steer", "MODES"),
+]
+
+
+@pytest.mark.parametrize("node, name, module, constant", KNOWN, ids=lambda value: str(value))
+def test_choices_that_stand_in_a_schema_are_what_the_code_behind_knows(host, node, name, module, constant):
+    """Schemas name them literally, so that ComfyUI's start imports no learner."""
+    known = importlib.import_module(f"concepts.{module}")
+    entry = next(e for e in json.loads(SNAPSHOT.read_text())[node]["inputs"] if e["name"] == name)
+    assert entry["choices"] == list(getattr(known, constant))
