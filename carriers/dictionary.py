@@ -13,10 +13,10 @@ from ..kernels.sae import Coder
 from .concept import NAME
 from .errors import CarrierError, CarrierFileError
 from .files import OWN, STATE, VERSION, digest, replace_file, verify
+from .modulation import NORMS
 
 LARGEST = 1 << 35
 """Bytes of a dictionary's file, optimiser state included."""
-NORMS = ("none", "layer", "length")
 PARTS = {"encoder": "md", "encoder_bias": "m", "decoder": "md", "decoder_bias": "d", "mean": "d", "scale": "d"}
 OPTIONAL = {"threshold": "m", "usage": "m"}
 

@@ -3,7 +3,9 @@
 ``word.<n>`` holds the cached directions [1 or blocks, pieces, width] of the n-th of ``info["words"]``, one for all
 blocks or one for each of ``info["blocks"]``; ``controller.<part>`` the network that makes them anew in every prompt
 (kernels/controller.py), where it is kept. ``info["encoders"]`` names the text encoders whose rows carry the words, in
-the order in which the model reads them, ``info["input"]`` what the network reads of a row.
+the order in which the model reads them, ``info["input"]`` what the network reads of a row: ``dense``, or ``codes``, the
+activations of some latents of a dictionary. ``reading.<part>`` then holds what tells them (kernels/controller.py), and
+``reading.kept`` [words, latents] which of them count for which word; ``info["latents"]`` are their numbers.
 """
 
 import re
@@ -12,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ..kernels.controller import BLOCK_PARTS, PARTS
+from ..kernels.controller import BLOCK_PARTS, PARTS, READING
 from .errors import CarrierError
 
-WORD, CONTROLLER = "word.", "controller."
+WORD, CONTROLLER, READS = "word.", "controller.", "reading."
+NORMS = ("none", "layer", "length")
 SPELLING = re.compile(r"[^\[\]<>:]{1,64}")
 
 
@@ -27,6 +30,16 @@ def words(tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> dict[
 def controller(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The network's parts; empty when the concept holds cached directions alone."""
     return {k.removeprefix(CONTROLLER): v for k, v in tensors.items() if k.startswith(CONTROLLER)}
+
+
+def reading(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What tells the activations of latents, and which count; empty when the network reads the row itself."""
+    return {k.removeprefix(READS): v for k, v in tensors.items() if k.startswith(READS)}
+
+
+def row_width(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Numbers of a row of the text that the network reads, by way of latents or not."""
+    return tensors.get(f"{READS}weight", tensors[f"{CONTROLLER}shared.in.weight"]).shape[1]
 
 
 def _names(info: Mapping[str, Any], key: str) -> list[str]:
@@ -49,10 +62,17 @@ def check(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any
     if network:
         optional = {p for p in (*PARTS, *BLOCK_PARTS) if p.endswith(".bias") and p not in network}
         parts = {f"{CONTROLLER}{p}" for p in {*PARTS, *BLOCK_PARTS} - optional}
+    coded = network and info.get("input") == "codes"
+    if coded:
+        parts |= {f"{READS}{p}" for p in (*READING, "kept")}
+        if info.get("norm") not in NORMS:
+            raise CarrierError(f"Concept <{name}> does not say how its dictionary prepares rows; learn it again.")
     for key in sorted((cached | parts) ^ set(tensors)):
         raise CarrierError(f"Concept <{name}>: {key[:120]} is {'missing' if key in cached | parts else 'not known'}.")
     width = tensors[f"{WORD}0"].shape[-1] if tensors[f"{WORD}0"].dim() else 0
     shapes = _shapes(network, len(blocks), width) if network else {}
+    if coded:
+        shapes |= _reading_shapes(tensors, len(spelt))
     for key, value in tensors.items():
         if key in cached:
             fits = (
@@ -82,6 +102,14 @@ def _shapes(network: Mapping[str, torch.Tensor], blocks: int, width: int) -> dic
     return shapes
 
 
+def _reading_shapes(tensors: Mapping[str, torch.Tensor], count: int) -> dict[str, tuple]:
+    """As many latents as the network has inputs."""
+    first, weight = tensors[f"{CONTROLLER}shared.in.weight"], tensors[f"{READS}weight"]
+    latents, width = first.shape[-1] if first.dim() == 2 else 0, weight.shape[-1] if weight.dim() == 2 else 0
+    own = {"weight": (latents, width), "bias": (latents,), "threshold": (latents,), "kept": (count, latents)}
+    return {READS + part: shape for part, shape in own.items()}
+
+
 def lines(tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> list[str]:
     """What a person wants to know: the words, how far they go, and where."""
     found, network = [], controller(tensors)
@@ -92,6 +120,9 @@ def lines(tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> list[
     if network:
         count, shape = sum(v.numel() for v in network.values()), network["shared.in.weight"].shape
         found.append(f"a network of {count} numbers from {shape[1]} inputs over {shape[0]} hidden units")
+        if reads := reading(tensors):
+            kept = ", ".join(f"{w} {int((k > 0).sum())}" for w, k in zip(info["words"], reads["kept"], strict=True))
+            found.append(f"inputs are latents of dictionary {info.get('dictionary')}; per word: {kept}")
     else:
         found.append("no network: the cached directions serve every prompt")
     return found

@@ -1,4 +1,5 @@
-"""TokenVerse (arXiv 2501.12224): words of a picture's captions learned as directions in the model's modulation space.
+"""TokenVerse (arXiv 2501.12224): words of a picture's captions learned as directions in the model's modulation space;
+with codes of the words SAEPer, which reads sparse activations in the place of rows.
 
 One network (kernels/controller.py) reads each marked word's row of the text and gives its direction; text encoder and
 model stay as they are. First it learns one direction for all blocks, mostly at high noise, then also what each block
@@ -12,8 +13,11 @@ from itertools import accumulate
 import torch
 
 from ..carriers import modulation as carrier
+from ..carriers.codes import Codes
 from ..carriers.concept import Concept
-from ..kernels.controller import BLOCK_PARTS, dense, directions, start
+from ..carriers.errors import CarrierMismatch
+from ..carriers.files import digest
+from ..kernels.controller import BLOCK_PARTS, coded, dense, directions, reading_of, start
 from ..kernels.draws import generator, split_times
 from ..kernels.fit import Adam
 from ..kernels.losses import masked_mse, residual
@@ -24,8 +28,9 @@ from .concept_set import ConceptSet
 from .denoise import sigmas_at
 from .gradients import ordinary
 from .learn import RunSettings, Session
+from .meanings import checked
 from .positions import read_from
-from .words import CAPTION, rows_of, unmarked
+from .words import CAPTION, rows_of, spelt, unmarked
 
 LAW = "two stages"
 BORDER, SHARE = 0.8, 0.92
@@ -65,10 +70,6 @@ class ModulationSession(Session):
     """Directions of marked words out of one small network."""
 
     kind = "modulation"
-    input = "dense"
-    """What the network reads of a row, as ``read`` makes it: one of ``words.READINGS``."""
-    biases = True
-    """Of the network's hidden layers."""
 
     def __init__(
         self,
@@ -79,16 +80,21 @@ class ModulationSession(Session):
         earlier: Concept | None = None,
         *,
         others: ConceptSet | None = None,
+        codes: Codes | None = None,
     ):
         """``others``: pictures of something else for the isolation loss, one per line of ``isolation_prompts``.
+        ``codes``: the network reads the activations of these latents (SAEPer) instead of the whole row.
 
         Raises: ValueError for captions that mark no word or not the same ones, CarrierMismatch for a model without
-        modulation of text tokens.
+        modulation of text tokens, or codes that are not of these words and this text encoder.
         """
         super().__init__(model, clip, replace(data, captions=captions(settings.captions, data)), settings, earlier)
         self.blocks = modulation.chosen_blocks(model.model.diffusion_model, settings.blocks)
         self.used = read_from(model, clip)
         self.words = sorted({m.word for texts in self.data.captions for t in texts for m in unmarked(t, CAPTION)[1]})
+        self.codes = codes
+        if codes is not None:
+            self._check_codes(codes)
         self.others, self.beside = others, _lines(settings.isolation_prompts) or list(OTHERS)
         if settings.isolation:
             self.passes = 2
@@ -110,6 +116,28 @@ class ModulationSession(Session):
                 f"isolation_set has {len(others.latents)} pictures and isolation_prompts {len(self.beside)} lines; "
                 "write one line per picture, what it shows."
             )
+
+    def _check_codes(self, codes: Codes) -> None:
+        lost = [w for w in self.words if w not in {spelt(word) for word in codes.words}]
+        if lost:
+            raise CarrierMismatch(
+                f"The captions mark {', '.join(lost)}, but codes has: {', '.join(codes.words)}. Encode these words "
+                "with Encode Words and connect them, pruned or not."
+            )
+        if len(self.used) > 1:
+            raise CarrierMismatch(
+                f"{type(self.model.model).__name__} reads words off several text encoders here, a dictionary those of "
+                "one; codes work with Flux. Disconnect codes."
+            )
+
+    def _checked(self, found):
+        facts, before = self._code_facts() if self.reading else {}, self.earlier.info
+        if any(before.get(key) != facts.get(key) for key in ("latents", "dictionary_digest")):
+            raise CarrierMismatch(
+                f"Concept <{self.earlier.name}> reads {before.get('input', 'dense')} rows of other latents or another "
+                "dictionary; continue with the codes it was learned on, or start anew."
+            )
+        return super()._checked(found)
 
     def gather(self):
         """Draws the pictures beside the concept's that nobody connected, as large as these."""
@@ -135,16 +163,34 @@ class ModulationSession(Session):
         self.plain.ready()
         self.encoded = [self._entry(self.plain, i) for i in range(len(texts))]
         self.rows = [self._rows(t) for t in texts]
-        inputs, width = self.read(self.encoded[0][0][0, :1]).shape[-1], self.model.model.diffusion_model.hidden_size
-        draw = generator(s.seed, 0, "start controller")
-        made = start(inputs, width, len(self.blocks), s.hidden, draw, self.biases)
+        self.reading = self._reading() if self.codes is not None else {}
+        width, draw = self.model.model.diffusion_model.hidden_size, generator(s.seed, 0, "start controller")
+        inputs = len(self.reading["bias"]) if self.reading else self.encoded[0][0].shape[-1]
+        made = start(inputs, width, len(self.blocks), s.hidden, draw, biases=not self.reading)
         values = {carrier.CONTROLLER + k: v.to(self.denoiser.device) for k, v in made.items()}
         late = {carrier.CONTROLLER + k: s.shared_steps for k in BLOCK_PARTS}
         return values, Adam(s.learning_rate, clip=1.0, late=late)
 
-    def read(self, features: torch.Tensor) -> torch.Tensor:
-        """Inputs [n, m] of the network out of rows [n, width] of the text."""
-        return dense(features)
+    def _reading(self) -> dict[str, torch.Tensor]:
+        """The latents that any word keeps, as ``words.READINGS`` reads them; all active ones where none was pruned."""
+        codes = {spelt(word): self.codes.mean(word) for word in self.codes.words}
+        means = torch.stack([codes[word] for word in self.words])
+        self.latents = (means > 0).any(0).nonzero()[:, 0]
+        rows = [self.encoded[i][0][0, own] for i, words in enumerate(self.rows) for _, own in words]
+        rows = torch.cat(rows).float()
+        checked(self.clip, self.codes.dictionary, rows.shape[1])
+        coder = self.codes.dictionary.coder(rows.device)
+        with torch.no_grad():
+            made = reading_of(coder, self.latents.to(rows.device), ordinary(rows))
+        kept = (means[:, self.latents] > 0) if self.codes.kept else torch.ones(len(means), len(self.latents))
+        return {k: v.to(self.denoiser.device) for k, v in {**made, "kept": kept.float()}.items()}
+
+    def _read(self, word: str, features: torch.Tensor) -> torch.Tensor:
+        """Inputs [n, m] of the network out of a word's rows [n, width] of the text."""
+        if not self.reading:
+            return dense(features)
+        kept = self.reading["kept"][self.words.index(word)]
+        return coded(self.reading, features, kept, self.codes.dictionary.info.get("norm", "none"))
 
     def _entry(self, prompts: Prompts, index: int) -> list:
         with torch.no_grad():
@@ -157,19 +203,19 @@ class ModulationSession(Session):
         found = rows_of(self.clip.tokenize, self.used, plain, marks)
         return [(mark.word, rows) for mark, rows in zip(marks, found, strict=True)]
 
-    def _directions(self, parameters, features: torch.Tensor) -> torch.Tensor:
+    def _directions(self, parameters, text: torch.Tensor, words: list[tuple[str, list[int]]]) -> torch.Tensor:
+        """Directions [n, blocks, width] of words, one after the other, out of all rows [rows, width] of a text."""
         own = {k.removeprefix(carrier.CONTROLLER): v for k, v in parameters.items()}
-        device = next(iter(own.values())).device
-        return directions(own, self.read(features.to(device, torch.float32)))
+        text = text.to(next(iter(own.values())).device, torch.float32)
+        return directions(own, torch.cat([self._read(word, text[rows]) for word, rows in words]))
 
     def _placements(self, parameters, entries: list, rows: list) -> list[modulation.Placement]:
         """Every sample's words, each with its own rows and directions."""
         made = []
         for sample, (entry, words) in enumerate(zip(entries, rows, strict=True)):
-            every = [row for _, own in words for row in own]
-            place = modulation.Place(
-                tuple(every), self._directions(parameters, entry[0][0, every]), self.blocks, self.settings.name
-            )
+            every = tuple(row for _, own in words for row in own)
+            made_here = self._directions(parameters, entry[0][0], words)
+            place = modulation.Place(every, made_here, self.blocks, self.settings.name)
             made.append(modulation.Placement((sample,), place))
         return made
 
@@ -218,16 +264,17 @@ class ModulationSession(Session):
         }
 
     def tensors(self):
-        """The network, and per word the mean of its directions over the captions."""
+        """The network, what it reads, and per word the mean of its directions over the captions."""
         found, network = dict(self.parameters), self.parameters
+        found |= {carrier.READS + k: v for k, v in self.reading.items()}
         with torch.no_grad():
             for number, word in enumerate(self.words):
-                seen = [
-                    self.encoded[i][0][0, own] for i, words in enumerate(self.rows) for w, own in words if w == word
-                ]
-                pieces = [len(v) for v in seen]
+                seen = [(i, own) for i, words in enumerate(self.rows) for w, own in words if w == word]
+                pieces = [len(own) for _, own in seen]
                 usual = max(set(pieces), key=pieces.count)
-                every = torch.stack([self._directions(network, v) for v in seen if len(v) == usual]).mean(0)
+                seen = [(i, own) for i, own in seen if len(own) == usual]
+                made = [self._directions(network, self.encoded[i][0][0], [(word, own)]) for i, own in seen]
+                every = torch.stack(made).mean(0)
                 each = bool(network[f"{carrier.CONTROLLER}block.out.weight"].any())
                 found[f"{carrier.WORD}{number}"] = (every if each else every[:, :1]).movedim(1, 0)
         return found
@@ -237,7 +284,17 @@ class ModulationSession(Session):
             "words": self.words,
             "blocks": list(self.blocks),
             "encoders": [e.key for e in self.used],
-            "input": self.input,
+            "input": "codes" if self.reading else "dense",
+            **(self._code_facts() if self.reading else {}),
+        }
+
+    def _code_facts(self) -> dict:
+        own = self.codes.dictionary
+        return {
+            "norm": own.info.get("norm", "none"),
+            "latents": self.latents.tolist(),
+            "dictionary": own.name,
+            "dictionary_digest": digest(own.tensors, {}),
         }
 
 

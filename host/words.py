@@ -13,11 +13,17 @@ import torch
 from ..carriers import modulation
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
-from ..kernels.controller import dense, directions
+from ..kernels.controller import coded, dense, directions
 
-READINGS = {"dense": lambda concept, features: dense(features)}
+
+def _code(concept: Concept, word: str, features: torch.Tensor) -> torch.Tensor:
+    reading, number = modulation.reading(concept.tensors), concept.info["words"].index(word)
+    return coded(reading, features, reading["kept"][number], concept.info["norm"])
+
+
+READINGS = {"dense": lambda concept, word, features: dense(features), "codes": _code}
 """What a concept's network reads of rows [pieces, width] of the context, by the name in ``info["input"]``: functions
-(concept, rows) -> [pieces, inputs]."""
+(concept, word, rows) -> [pieces, inputs]."""
 CAPTION = re.compile(r"\[(?P<word>[^\[\]<>:]{1,64})\]")
 PROMPT = re.compile(r"<(?P<name>[A-Za-z0-9_-]{1,64}):(?P<word>[^\[\]<>:]{1,64})(?::(?P<strength>[-+]?\d+(?:\.\d*)?))?>")
 OTHERS = ("cat", "house", "seven")
@@ -149,7 +155,7 @@ def directions_of(word: Word, features: torch.Tensor, cached: bool = False) -> t
     ``cached``: those that were stored while learning, piece by piece, or their mean where the word has another number
     of pieces here. Otherwise the concept's network makes them of these rows; without a network there are cached ones
     alone.
-    Raises: CarrierMismatch when the network reads other rows.
+    Raises: CarrierMismatch when the network reads other rows, or a code of latents of which none is active in these.
     """
     concept, network = word.concept, modulation.controller(word.concept.tensors)
     if cached or not network:
@@ -157,13 +163,17 @@ def directions_of(word: Word, features: torch.Tensor, cached: bool = False) -> t
         if len(stored) != len(features):
             stored = stored.mean(0, keepdim=True).expand(len(features), -1, -1)
         return word.strength * stored
-    read = READINGS.get(concept.info.get("input"))
-    inputs = read(concept, features.float()) if read else features
-    if read is None or inputs.shape[-1] != network["shared.in.weight"].shape[1]:
+    read, wide = READINGS.get(concept.info.get("input")), modulation.row_width(concept.tensors)
+    if read is None or features.shape[-1] != wide:
         raise CarrierMismatch(
-            f"Concept <{concept.name}> reads {concept.info.get('input')} rows of "
-            f"{network['shared.in.weight'].shape[1]} numbers, this CLIP gives {features.shape[-1]}; connect the text "
-            "encoders it was learned with, or set directions to cached."
+            f"Concept <{concept.name}> reads {concept.info.get('input')} rows of {wide} numbers, this CLIP gives "
+            f"{features.shape[-1]}; connect the text encoders it was learned with, or set directions to cached."
+        )
+    inputs = read(concept, word.mark.word, features.float().cpu())
+    if not bool(inputs.any()):
+        raise CarrierMismatch(
+            f"None of the latents that <{concept.name}> learned {word.mark.word!r} on is active where the word stands "
+            "in this prompt, so it would do nothing; set directions to cached, or learn with more latents or captions."
         )
     each = bool(network["block.out.weight"].any())
     return word.strength * directions({k: v.to(inputs.device) for k, v in network.items()}, inputs, each)

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from .sae import Coder, normed
+
+READING = ("weight", "bias", "threshold")
 PARTS = ("shared.in.weight", "shared.in.bias", "shared.out.weight")
 BLOCK_PARTS = ("block.in.weight", "block.in.bias", "block.gate", "block.out.weight")
 
@@ -19,6 +22,34 @@ BLOCK_PARTS = ("block.in.weight", "block.in.bias", "block.gate", "block.out.weig
 def dense(features: torch.Tensor) -> torch.Tensor:
     """Features [..., width] at a root mean square of 1, so that one learning rate suits every text encoder."""
     return features * features.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+def coded(reading: Mapping[str, torch.Tensor], features: torch.Tensor, kept: torch.Tensor, norm: str) -> torch.Tensor:
+    """Activations [n, s] of s latents of a dictionary in features [n, width]; 0 for those that are not ``kept`` [s].
+
+    reading: weight [s, width], bias and threshold [s], as ``reading_of`` makes them; ``norm``: as for ``sae.normed``.
+    """
+    p = F.linear(normed(features, norm)[0], reading["weight"], reading["bias"])
+    return torch.where((p > reading["threshold"]) & (p > 0), p, 0) * kept
+
+
+def reading_of(coder: Coder, latents: torch.Tensor, features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What ``coded`` needs of a dictionary to tell its ``latents`` [s], at a root mean square near 1.
+
+    Where the k largest of all latents are active, the threshold is the median of the smallest of them over ``features``
+    [n, width], so that the latents that were left out need not be kept; latents that are off in all of them count
+    from there.
+    """
+    p, values = coder.parts, coder.encode(features)[0]
+    weight, mean = p["encoder"][latents] * p["scale"], p["mean"]
+    bias = p["encoder_bias"][latents] - weight @ mean - p["encoder"][latents] @ p["decoder_bias"]
+    if "threshold" in p:
+        threshold = p["threshold"].expand(len(p["encoder"]))[latents]
+    else:
+        threshold = values[:, -1].median().expand(len(latents))
+    active = values[values > 0]
+    gain = active.square().mean().clamp_min(1e-12).rsqrt() if len(active) else values.new_ones(())
+    return {"weight": gain * weight, "bias": gain * bias, "threshold": gain * threshold}
 
 
 def start(

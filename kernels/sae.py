@@ -208,6 +208,17 @@ def auxiliary(x, rebuilt, encoder, encoder_bias, decoder, decoder_bias, dead: to
     return fvu(error, p @ decoder[which])
 
 
+def normed(x: torch.Tensor, norm: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y = (x - shift) factor [n, d] as ``Coder`` explains it; shift and factor [n, 1]."""
+    shift, factor = x.new_zeros(len(x), 1), x.new_ones(len(x), 1)
+    if norm == "layer":
+        shift = x.mean(-1, keepdim=True)
+        factor = 1 / ((x - shift).std(-1, keepdim=True) + 1e-5)
+    elif norm == "length":
+        factor = x.shape[1] ** 0.5 / x.norm(dim=-1, keepdim=True)
+    return (x - shift) * factor, shift, factor
+
+
 class Coder:
     """A dictionary at work on tokens in their own units, which are brought to its own first: (y - mean) scale.
 
@@ -221,13 +232,8 @@ class Coder:
 
     def prepared(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x' = ((x - shift) factor - mean) scale [n, d]; shift and factor [n, 1]."""
-        shift, factor = x.new_zeros(len(x), 1), x.new_ones(len(x), 1)
-        if self.norm == "layer":
-            shift = x.mean(-1, keepdim=True)
-            factor = 1 / ((x - shift).std(-1, keepdim=True) + 1e-5)
-        elif self.norm == "length":
-            factor = x.shape[1] ** 0.5 / x.norm(dim=-1, keepdim=True)
-        return ((x - shift) * factor - self.parts["mean"]) * self.parts["scale"], shift, factor
+        y, shift, factor = normed(x, self.norm)
+        return (y - self.parts["mean"]) * self.parts["scale"], shift, factor
 
     def encode(self, x: torch.Tensor) -> Code:
         """Code of tokens x [n, d]."""

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..kernels.draws import LAWS
 from . import inputs as shared
-from .sockets import ConceptSet
+from .sockets import Codes, ConceptSet
 
 EXAMPLE = "A girl wearing a [hat], a [coat] and a [shirt]\nA [shirt], a [coat] and a [hat] on a girl"
 
@@ -101,12 +101,19 @@ class LearnModulation(io.ComfyNode):
                     "instead of drawn ones.",
                 ),
                 *shared.continued(),
+                Codes.Input(
+                    "codes",
+                    optional=True,
+                    tooltip="SAEPer: words learn on these activations instead of on the text encoder's row. From "
+                    "Prune Code, or Encode Words for all latents; the same words as the captions mark, with the "
+                    "dictionary of this text encoder. Set isolation to 0, as the authors do. Flux.1.",
+                ),
             ],
             outputs=shared.outputs(),
         )
 
     @classmethod
-    def execute(cls, isolation_set=None, continue_from=None, **values) -> io.NodeOutput:
+    def execute(cls, isolation_set=None, continue_from=None, codes=None, **values) -> io.NodeOutput:
         from ..host.learn_modulation import ModulationSession, ModulationSettings  # not at every start
 
         settings = ModulationSettings(
@@ -120,7 +127,7 @@ class LearnModulation(io.ComfyNode):
             isolation_prompts=values["isolation_prompts"].strip(),
         )
         model, clip, data = values["model"], values["clip"], values["concept_set"]
-        session = ModulationSession(model, clip, data, settings, continue_from, others=isolation_set)
+        session = ModulationSession(model, clip, data, settings, continue_from, others=isolation_set, codes=codes)
         _, given, text = shared.run(session, values)
         return io.NodeOutput(*given, ui={"text": (text,)})
 

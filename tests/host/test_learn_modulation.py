@@ -47,14 +47,31 @@ def settings(**changes):
     return ModulationSettings("p", **given)
 
 
-def learn(made, data=None, earlier=None, others=None, checkpointing="off", **changes):
+def codes_of(made, text="a hat on a coat", words=("hat", "coat"), m=64, k=12, keep=0, seed=1):
+    """Codes of words in a random dictionary, pruned to ``keep`` latents each unless 0."""
+    from concepts.carriers.codes import contrast, prune
+    from concepts.carriers.dictionary import Dictionary
+    from concepts.host.meanings import encode_words
+    from concepts.host.token_features import read
+
+    with torch.inference_mode():
+        d = read(made.clip, [text])[0].rows.shape[1]
+        g = torch.Generator().manual_seed(seed)
+        rows = torch.nn.functional.normalize(torch.randn(m, d, generator=g))
+        parts = {"encoder": rows, "decoder": rows, "encoder_bias": torch.zeros(m), "decoder_bias": torch.zeros(d)}
+        parts |= {"mean": torch.randn(d, generator=g) / 9, "scale": torch.full((d,), 3.0)}
+        found = encode_words(made.clip, Dictionary("random", parts, k), text, list(words))
+        return prune(found, contrast(found), keep, exclusive=True) if keep else found
+
+
+def learn(made, data=None, earlier=None, others=None, codes=None, checkpointing="off", **changes):
     """One run as a node does it, in inference mode."""
     from concepts.host import learn as learning
     from concepts.host.learn_modulation import ModulationSession
 
     with torch.inference_mode():
         session = ModulationSession(
-            made.model, made.clip, data or pictures(), settings(**changes), earlier, others=others
+            made.model, made.clip, data or pictures(), settings(**changes), earlier, others=others, codes=codes
         )
         return learning.learn(session, preview_every=2, save_every=2, checkpointing=checkpointing)
 
@@ -71,17 +88,22 @@ def test_it_learns_and_leaves_the_model_as_it_was(made):
     assert not near(sample(made, prompt(made, "a girl with a <p:hat> and a <p:coat>", done.concept)), plain)
 
 
-def test_a_prompt_sees_what_learning_saw(made):
-    """Live directions in the caption's own words give the preview's picture; the cached ones are their mean."""
+@pytest.mark.parametrize("coded", [None, 0, 4])
+def test_a_prompt_sees_what_learning_saw(made, coded):
+    """Live directions in the caption's own words give the preview's picture; the cached ones are their mean.
+
+    ``coded``: latents that are kept per word, 0 for all active ones; None: the rows themselves.
+    """
     from concepts.host.denoise import Denoiser
     from concepts.host.gradients import training
     from concepts.host.learn_modulation import ModulationSession
     from concepts.host.modulation import PROMPTS
 
-    done = learn(made, captions="a [hat] on a [coat]", shared_steps=1)
+    codes = None if coded is None else codes_of(made, keep=coded)
+    done = learn(made, captions="a [hat] on a [coat]", shared_steps=1, codes=codes)
     with torch.inference_mode():
         session = ModulationSession(
-            made.model, made.clip, pictures(), settings(captions="a [hat] on a [coat]"), done.concept
+            made.model, made.clip, pictures(), settings(captions="a [hat] on a [coat]"), done.concept, codes=codes
         )
         with training(made.model, made.clip.patcher), torch.no_grad():
             session.begin()
@@ -158,6 +180,47 @@ def test_continued_equals_one_run(made, changes, tmp_path):
     rest = learn(made, others=kept, earlier=earlier, steps=2, shared_steps=2, **changes)
     assert same(whole.concept.tensors, rest.concept.tensors) and same(whole.concept.state, rest.concept.state)
     assert whole.losses == rest.losses
+
+
+def test_a_coded_concept_continues_and_survives_its_file(flux, tmp_path):
+    codes = codes_of(flux, keep=4)
+    given = {"codes": codes, "captions": "a [hat] on a [coat]", "shared_steps": 2}
+    whole, first = (learn(flux, steps=n, **given) for n in (5, 3))
+    write_concept(first.concept, tmp_path / "first.safetensors")
+    rest = learn(flux, earlier=read_concept(tmp_path / "first.safetensors"), steps=2, **given)
+    assert same(whole.concept.tensors, rest.concept.tensors) and whole.losses == rest.losses
+    info, kept = whole.concept.info, whole.concept.tensors["reading.kept"]
+    assert (
+        info["input"] == "codes"
+        and info["dictionary"] == "random"
+        and "controller.shared.in.bias" not in whole.concept.tensors
+    )
+    assert kept.sum(1).tolist() == [4, 4] and kept.shape[1] == len(info["latents"]) == 8, "exclusive: no latent twice"
+    assert codes.kept["hat"][0].sort().values.tolist() == [
+        n for n, k in zip(info["latents"], kept[1], strict=True) if k
+    ]
+    for other in (codes_of(flux, keep=4, seed=2), codes_of(flux, keep=3), None):
+        with pytest.raises(CarrierMismatch, match="other latents or another"):
+            learn(flux, earlier=first.concept, steps=1, **{**given, "codes": other})
+
+
+def test_a_word_without_an_active_latent_is_named(flux):
+    done = learn(flux, codes=codes_of(flux, keep=1), captions="a [hat] on a [coat]")
+    deaf = dict(done.concept.tensors) | {"reading.threshold": done.concept.tensors["reading.threshold"] + 1e3}
+    with pytest.raises(CarrierMismatch, match="None of the latents.*'hat'.*cached"):
+        prompt(flux, "a <p:hat>", replace(done.concept, tensors=deaf))
+    prompt(flux, "a <p:hat>", replace(done.concept, tensors=deaf), cached=True)
+
+
+def test_codes_that_do_not_fit_are_refused(flux, monkeypatch):
+    from concepts.host import learn_modulation
+
+    with pytest.raises(CarrierMismatch, match="The captions mark girl, but codes has: hat, coat"):
+        learn(flux, codes=codes_of(flux), captions="a [hat] on a [girl]")
+    both = learn_modulation.read_from(flux.model, flux.clip) * 2
+    monkeypatch.setattr(learn_modulation, "read_from", lambda model, clip: both)
+    with pytest.raises(CarrierMismatch, match="codes work with Flux"):
+        learn(flux, codes=codes_of(flux), captions="a [hat] on a [coat]")
 
 
 def test_checkpointing_changes_nothing(made):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from concepts.kernels.controller import BLOCK_PARTS, PARTS, dense, directions, start
+from concepts.kernels.controller import BLOCK_PARTS, PARTS, coded, dense, directions, reading_of, start
+from concepts.kernels.sae import Coder
+from concepts.kernels.sae import dense as whole
 
 
 def made(biases=True, dtype=torch.float64):
@@ -73,3 +75,40 @@ def test_inputs_have_one_scale():
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(dense(x * torch.tensor([[1e-3], [1.0], [1e3]])), dense(x), rtol=1e-4, atol=1e-5)
     assert torch.isfinite(dense(torch.zeros(1, 8))).all()
+
+
+def coder(norm="none", threshold=False, m=24, d=7, k=5) -> Coder:
+    g = torch.Generator().manual_seed(3)
+    parts = {"encoder": torch.randn(m, d, generator=g), "decoder": torch.randn(m, d, generator=g)}
+    parts |= {"encoder_bias": torch.randn(m, generator=g) / 4, "decoder_bias": torch.randn(d, generator=g) / 4}
+    parts |= {"mean": torch.randn(d, generator=g), "scale": 0.5 + torch.rand(d, generator=g)}
+    if threshold:
+        parts["threshold"] = torch.rand(m, generator=g)
+    return Coder({key: v.double() for key, v in parts.items()}, k, norm)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "length"])
+def test_activations_of_some_latents_equal_the_dictionarys(norm):
+    """With a threshold exactly, but for the one factor that brings them near 1."""
+    own, x = (
+        coder(norm, threshold=True),
+        torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4)),
+    )
+    latents, kept = torch.tensor([3, 8, 20, 23]), torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    found = coded(reading_of(own, latents, x), x, kept, norm)
+    expected = whole(*own.encode(x), 24)[:, latents] * kept
+    factor = found.sum() / expected.sum()
+    assert bool((expected > 0).any()) and bool((found[:, 2] == 0).all())
+    torch.testing.assert_close(found, factor * expected)
+
+
+def test_the_k_largest_become_a_threshold():
+    """Half of the tokens keep all that TopK lets through, the others lose the weakest or gain some."""
+    own, x = coder(), torch.randn(400, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    expected = whole(*own.encode(x), 24)
+    found = coded(reading_of(own, torch.arange(24), x), x, torch.ones(24, dtype=torch.float64), "none")
+    factor = found.max() / expected.max()
+    same = (found > 0) == (expected > 0)
+    assert float(same.double().mean()) > 0.9
+    torch.testing.assert_close(found[same], factor * expected[same])
+    assert float(found[found > 0].square().mean().sqrt()) == pytest.approx(1, abs=0.1)
