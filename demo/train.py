@@ -51,6 +51,11 @@ def start_host(path: Path) -> None:
     sys.argv = kept
 
 
+def half():
+    """bf16 where the processor computes in it; elsewhere it would be emulated, thirty times slower than fp32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def training_scenes(count: int, seed: int) -> list[world.Scene]:
     """Named scenes without the held-out combinations, and things."""
     rng = random.Random(seed)
@@ -88,10 +93,21 @@ def initialise(module: torch.nn.Module) -> None:
 
 
 class Trainer:
-    """Adam with warm-up and cosine decay, EMA, and a resumable state on disk."""
+    """Adam with warm-up and cosine decay, EMA, and a resumable state on disk.
+
+    Matrices whose name ``orthogonal`` picks are learned by Muon (torch.optim.Muon) at the same rate instead.
+    """
 
     def __init__(
-        self, name: str, modules: dict, work: Path, steps: int, rate: float, decay: float = 0.01, ema: float = 0.999
+        self,
+        name: str,
+        modules: dict,
+        work: Path,
+        steps: int,
+        rate: float,
+        decay: float = 0.01,
+        ema: float = 0.999,
+        orthogonal=lambda name: False,
     ):
         self.name, self.modules, self.file, self.steps, self.rate, self.ema = (
             name,
@@ -107,15 +123,26 @@ class Trainer:
             for k, p in module.named_parameters()
             if p.requires_grad
         }
-        self.optimiser = torch.optim.AdamW(
-            self.parameters.values(), lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True
-        )
+        flat = {k for k in self.parameters if not orthogonal(k)}
+        self.optimisers = [
+            torch.optim.AdamW(
+                [p for k, p in self.parameters.items() if k in flat],
+                lr=rate,
+                betas=(0.9, 0.99),
+                weight_decay=decay,
+                fused=True,
+            )
+        ]
+        if len(flat) < len(self.parameters):
+            inner = [p for k, p in self.parameters.items() if k not in flat]
+            self.optimisers.append(torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
         self.average = {k: p.detach().clone() for k, p in self.parameters.items()}
         self.step = 0
         if self.file.is_file():
             state = torch.load(self.file, weights_only=True)
             self.step, self.average = state["step"], state["average"]
-            self.optimiser.load_state_dict(state["optimiser"])
+            for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(kept)
             with torch.no_grad():
                 for k, p in self.parameters.items():
                     p.copy_(state["parameters"][k])
@@ -125,17 +152,17 @@ class Trainer:
         begun, first, losses = time.time(), self.step, []
         while self.step < self.steps:
             step = self.step
-            for group in self.optimiser.param_groups:
-                group["lr"] = (
-                    self.rate
-                    * min(1, (step + 1) / 200)
-                    * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / self.steps)))
-                )
+            rate = self.rate * min(1, (step + 1) / 200)
+            rate *= 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
+            for group in [g for optimiser in self.optimisers for g in optimiser.param_groups]:
+                group["lr"] = rate
             loss = loss_of(step, torch.Generator().manual_seed(step * 7919 + 17))
-            self.optimiser.zero_grad()
+            for p in self.parameters.values():
+                p.grad = None
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-            self.optimiser.step()
+            for optimiser in self.optimisers:
+                optimiser.step()
             losses.append(loss.item())
             keep = min(self.ema, (step + 1) / (step + 10))
             with torch.no_grad():
@@ -152,7 +179,7 @@ class Trainer:
                     {
                         "step": self.step,
                         "average": self.average,
-                        "optimiser": self.optimiser.state_dict(),
+                        "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                         "parameters": {k: p.detach() for k, p in self.parameters.items()},
                     },
                     self.file,
@@ -199,7 +226,7 @@ def train_vae(work: Path, steps: int) -> dict:
 
     def loss_of(step, g):
         x = to_input(data[torch.randint(len(data), (8,), generator=g)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with half():
             mean, logvar = vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
             logvar = logvar.clamp(-12, 4)
             z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=g)
@@ -279,7 +306,7 @@ def train_decoder(work: Path, steps: int) -> None:
 
     def loss_of(step, g):
         pick = torch.randint(len(data), (8,), generator=g)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half():
             y = vae.decoder(vae.post_quant_conv(z[pick])).float()
         error = y - to_input(data[pick])
         return (error.square() + 0.02 * error.abs()).mean()
@@ -289,7 +316,7 @@ def train_decoder(work: Path, steps: int) -> None:
 
 def encode(vae, batch: torch.Tensor) -> torch.Tensor:
     """Posterior means of uint8 pictures, fp32."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with half():
         return vae.quant_conv(vae.encoder(to_input(batch))).float().chunk(2, 1)[0]
 
 
@@ -370,7 +397,7 @@ class Denoiser(torch.nn.Module):
         t = (1000 * u).long()
         noise = torch.randn(z.shape, generator=g)
         x = z + sigmas[t].view(-1, 1, 1, 1) * noise
-        with torch.autocast("cpu", torch.bfloat16):
+        with half():
             predicted = self.noise(x, t, context)
         level = sigmas[t] / SCALE
         placed = (level < 10).view(-1, 1, 1, 1)  # above, the square would give the place away
@@ -402,7 +429,7 @@ def train_text(net, ids: torch.Tensor, labels: torch.Tensor, work: Path, steps: 
     def loss_of(step, g):
         pick = torch.randint(len(ids), (batch,), generator=g)
         words = ids[pick, torch.randint(ids.shape[1], (batch,), generator=g)].long()
-        with torch.autocast("cpu", torch.bfloat16):
+        with half():
             context = net.context(words)
         return net.confusion(context, words, labels[pick])
 
@@ -446,7 +473,7 @@ def train_unet(work: Path, steps: int, batch: int = 32) -> None:
         words = ids[pick, torch.randint(ids.shape[1], (batch,), generator=g)].long()
         words[torch.rand(batch, generator=g) < 0.1] = empty
         u = torch.rand(batch, generator=g)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half():
             context = net.context(words)
         error = net.error(z[pick], u.sqrt() if step < PLACES_FIRST else u, context, region[pick], g)
         return error + 0.003 * net.confusion(context, words, labels[pick])
@@ -502,7 +529,7 @@ def polish(work: Path, file: Path, number: int, steps: int, batch: int = 32) -> 
         pick = torch.randint(len(z), (batch,), generator=g)
         words = ids[pick, torch.randint(ids.shape[1], (batch,), generator=g)].long()
         words[torch.rand(batch, generator=g) < 0.1] = empty
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), half():
             context = net.context(words)
         return net.error(z[pick], torch.rand(batch, generator=g), context, region[pick], g)
 
@@ -576,9 +603,10 @@ def main() -> None:
         for number, steps in enumerate(a.polish_steps):
             polish(a.work, packed, number, steps)
     if a.stage == "dit":
-        from demo.train_dit import train_dit
+        from demo import train_dit
 
-        train_dit(a.work, a.dit_steps)
+        train_dit.train_dit(a.work, a.dit_steps)
+        train_dit.pack(a.work, packed.with_name("toybox-dit.safetensors"))
 
 
 if __name__ == "__main__":

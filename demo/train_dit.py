@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import world
+from . import judge, world
 
 PAIRS = 0.5
 """Share of pictures with two objects."""
@@ -62,20 +62,27 @@ def texts(scenes, clip, work: Path) -> tuple[torch.Tensor, torch.Tensor, list[in
 
     file = work / "dit-texts.pt"
     if not file.is_file():
-        rng, ids, pooled = random.Random(1), [], []
+        rng, ids, short, pooled = random.Random(1), [], [], []
         for scene in scenes:
             both = [clip.tokenize(said(scene, rng, full=i == 0)) for i in range(CAPTIONS)]
             rows = [[t for t, _ in b["t5xxl"][0]] for b in both]
             assert max(map(len, rows)) == toydit.TOKENS, "a caption is longer than TOKENS"
             ids.append(rows)
-            with torch.no_grad():
-                pooled.append(torch.cat([clip.cond_stage_model.clip_l.encode_token_weights(b["l"])[1] for b in both]))
-        torch.save((torch.tensor(ids, dtype=torch.int32), torch.stack(pooled)), file)
+            short += [[t for t, _ in b["l"][0]] for b in both]
+        with torch.no_grad():
+            for start in range(0, len(short), 256):
+                pooled.append(clip.cond_stage_model.clip_l.encode(short[start : start + 256])[1])
+        torch.save((torch.tensor(ids, dtype=torch.int32), torch.cat(pooled).view(len(ids), CAPTIONS, -1)), file)
     ids, pooled = torch.load(file, weights_only=True)
     nothing = clip.tokenize("")
     with torch.no_grad():
         empty = clip.cond_stage_model.clip_l.encode_token_weights(nothing["l"])[1][0]
     return ids, pooled, [t for t, _ in nothing["t5xxl"][0]], empty
+
+
+def used_tokens(ids: torch.Tensor, nothing: list[int]) -> torch.Tensor:
+    """T5 tokens of all captions and of the empty one, in order."""
+    return torch.cat([ids.flatten().unique().long(), torch.tensor(nothing)]).unique()
 
 
 def weights_around_objects(scenes, cells: int = 16) -> torch.Tensor:
@@ -85,6 +92,46 @@ def weights_around_objects(scenes, cells: int = 16) -> torch.Tensor:
     both = torch.stack([attention_to_objects([one[min(i, len(one) - 1)] for one in scenes], cells) for i in (0, 1)])
     weight = 1 + 4.0 * (both > 1).any(0)
     return weight / weight.mean((2, 3), keepdim=True)
+
+
+class CellHeads(torch.nn.Module):
+    """What every picture row shows, read off the last double block: a head start for layout and attributes.
+
+    Like aligning a diffusion transformer's middle with what a recogniser sees (REPA, arXiv 2410.06940), with the
+    renderer's own answers in the recogniser's place. Not part of the finished model.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.sizes = [len(judge.SHAPES) + 1, len(world.COLOURS), len(world.PATTERNS), len(world.BACKGROUNDS)]
+        self.read = torch.nn.Sequential(
+            torch.nn.LayerNorm(width),
+            torch.nn.Linear(width, width),
+            torch.nn.GELU(),
+            torch.nn.Linear(width, sum(self.sizes)),
+        )
+
+    def forward(self, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum over factors of the mean cross-entropy for rows [b, n, width] and ``cell_labels`` [b, n, 4]."""
+        parts = zip(self.read(rows).flatten(0, 1).split(self.sizes, 1), labels.flatten(0, 1).T, strict=True)
+        return sum(torch.nn.functional.cross_entropy(said, true, ignore_index=-1) for said, true in parts)
+
+
+def cell_labels(scenes, cells: int = 8) -> torch.Tensor:
+    """Shape (the last: no object), colour, pattern and ground [n, cells * cells, 4] of picture rows; -1: not asked."""
+    middles = (torch.arange(cells) + 0.5) * world.SIZE / cells
+    made = torch.full((len(scenes), cells, cells, 4), -1)
+    made[..., 0] = len(judge.SHAPES)
+    for row, objects in zip(made, scenes, strict=True):
+        row[..., 3] = world.BACKGROUNDS.index(objects[0].background)
+        for scene in objects:
+            left, top, right, bottom = world.box(scene)
+            inside = ((middles > top) & (middles < bottom))[:, None] & ((middles > left) & (middles < right))
+            known = scene.labels()
+            row[inside] = torch.tensor(
+                [judge.SHAPES.index(scene.shape), known["colour"], known["pattern"], known["background"]]
+            )
+    return made.flatten(1, 2).long()
 
 
 def noise_levels(count: int, g: torch.Generator) -> torch.Tensor:
@@ -115,10 +162,11 @@ def build():
     return model, clip, vae.first_stage_model
 
 
-def train_dit(work: Path, steps: int, pictures: int = 16000, batch: int = 32) -> None:
+def train_dit(work: Path, steps: int, pictures: int = 12000, batch: int = 32) -> None:
     """Trains, resumably; a sheet of held-out prompts every thousand steps."""
     import comfy.model_management
 
+    from host import toydit
     from host.gradients import safe_residuals
 
     from .train import Trainer, encode, sheet
@@ -136,10 +184,17 @@ def train_dit(work: Path, steps: int, pictures: int = 16000, batch: int = 32) ->
         torch.save(torch.cat(parts), file)
     z = torch.load(file, weights_only=True)
     ids, pooled, nothing, empty = texts(scenes, clip, work)
-    used = torch.cat([ids.flatten().unique().long(), torch.tensor(nothing)]).unique()
+    used = used_tokens(ids, nothing)
     net = Flow(clip, model, used)
     print("parameters", sum(p.numel() for p in net.dit.parameters()), "words", len(used), flush=True)
-    trainer = Trainer("dit", {"net": net}, work, steps, 1e-3, decay=0.01, ema=0.999)
+    heads, labels = CellHeads(toydit.DIT["hidden_size"]), cell_labels(scenes)
+    seen = []
+    net.dit.double_blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out[0].clone()))
+
+    def orthogonal(name: str) -> bool:
+        return "_blocks." in name and name.endswith("weight") and "norm" not in name
+
+    trainer = Trainer("dit", {"net": net, "heads": heads}, work, steps, 1.5e-3, orthogonal=orthogonal)
     region, nothing = weights_around_objects(scenes), torch.tensor(nothing, dtype=torch.int32)
 
     def loss_of(step, g):
@@ -150,8 +205,9 @@ def train_dit(work: Path, steps: int, pictures: int = 16000, batch: int = 32) ->
         clean, noise = z[pick], torch.randn(z[pick].shape, generator=g)
         level = noise_levels(batch, g)
         x = torch.lerp(clean, noise, level.view(-1, 1, 1, 1))
+        seen.clear()
         error = (net.velocity(x, level, net.context(words), vectors) - (noise - clean)).square()
-        return (error * region[pick]).mean()
+        return (error * region[pick]).mean() + 0.05 * heads(seen[-1], labels[pick])
 
     rng = random.Random(5)
     shown = [world.pair(rng, True) if i % 3 else (world.named_scene(rng, True),) for i in range(24)]
@@ -173,3 +229,32 @@ def train_dit(work: Path, steps: int, pictures: int = 16000, batch: int = 32) ->
 
     with safe_residuals(net.t5, net.dit):
         trainer.run(loss_of, report, every=250)
+
+
+def pack(work: Path, file: Path) -> None:
+    """Writes the averaged weights as one bf16 file; picture rows' heads stay behind."""
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from host import toybox, toydit
+
+    kept = torch.load(work / "dit.pt", weights_only=True)["average"]
+    own = {k.removeprefix("net."): v for k, v in kept.items() if k.startswith("net.")}
+    state = {"model.diffusion_model." + k.removeprefix("dit."): v for k, v in own.items() if k.startswith("dit.")}
+    t5 = "text_encoders.t5xxl."
+    state |= {f"{t5}transformer." + k.removeprefix("t5."): v for k, v in own.items() if k.startswith("t5.")}
+    state[t5 + toydit.TABLE] = own["table"]
+    state = {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}
+    ids = torch.load(work / "dit-texts.pt", weights_only=True)[0]
+    nothing = [t for t, _ in toydit.build_clip().tokenize("")["t5xxl"][0]]
+    state[f"{t5}token_ids"] = used_tokens(ids, nothing).int()
+    with safe_open(toybox.FILE, "pt") as base:
+        facts = json.loads(base.metadata()["toybox"])
+    rgb = (facts["scale_factor"] * torch.tensor(facts["rgb"])).tolist()  # these latents are not scaled
+    facts = {"scale_factor": 1.0, "rgb": rgb, "rgb_bias": facts["rgb_bias"]}
+    save_file(
+        state, file, metadata={"toybox": json.dumps(facts), "modelspec.title": "Concept Carriers toy transformer"}
+    )
+    print(file.name, f"{file.stat().st_size / 1e6:.2f} MB")
