@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import world
+from . import trainer, world
 
 FILE = Path(__file__).resolve().parent / "judge.safetensors"
 SHAPES = [*world.SHAPES, "thing"]
@@ -264,7 +264,7 @@ def rebuild(work: Path, host: Path, seed: int = 0) -> None:
     vae, g = toy.load_vae(work, pictures), torch.Generator().manual_seed(seed)
     out = torch.empty_like(pictures[1::VIEWS])
     for i in range(0, len(out), 64):
-        with torch.no_grad(), toy.half():
+        with torch.no_grad(), trainer.half():
             z = toy.encode(vae, pictures[1::VIEWS][i : i + 64])
             z = z + 0.25 * torch.rand(len(z), 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)
             x = vae.decode(z).float().clamp(-1, 1)
@@ -321,8 +321,6 @@ def contrast(e: torch.Tensor, who: torch.Tensor, temperature: float = 0.1) -> to
 
 def train(work: Path, steps: int, seed: int = 0, batch: int = 8, rate: float = 2e-3) -> None:
     """Learns in ``work``; stops and continues anywhere, with the same result. ``batch`` counts families."""
-    from .train import half
-
     work.mkdir(parents=True, exist_ok=True)
     pictures, masks, truth = cached(work, seed)
     rebuilt = torch.from_numpy(np.load(work / f"judge-{seed}-rebuilt.npy"))
@@ -348,7 +346,7 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 8, rate: float = 2
         x = worn(as_input(seen), g)
         other = as_input(pictures[torch.randint(len(pictures), (2 * styles,), generator=g)])
         other = worn(tinted(other, g), g)
-        with half():
+        with trainer.half():
             cut, features = judge.segment(x)
             guess = torch.rand(len(x), 1, 1, generator=g) < min(0.6, step / 500)
             used = torch.where(guess, enlarge(cut.detach().sigmoid()), m)

@@ -162,14 +162,15 @@ def build():
     return model, clip, vae.first_stage_model
 
 
-def train_dit(work: Path, steps: int, pictures: int = 12000, batch: int = 32) -> None:
+def train_dit(work: Path, steps: int, pictures: int = 12000, batch: int = 24) -> None:
     """Trains, resumably; a sheet of held-out prompts every thousand steps."""
     import comfy.model_management
 
     from host import toydit
     from host.gradients import safe_residuals
 
-    from .train import Trainer, encode, sheet
+    from .train import encode, sheet
+    from .trainer import Trainer
 
     comfy.model_management.in_training = True  # chooses rope and norm kernels that differentiate
     scenes = scenes_of(pictures, 11)
@@ -194,7 +195,7 @@ def train_dit(work: Path, steps: int, pictures: int = 12000, batch: int = 32) ->
     def orthogonal(name: str) -> bool:
         return "_blocks." in name and name.endswith("weight") and "norm" not in name
 
-    trainer = Trainer("dit", {"net": net, "heads": heads}, work, steps, 1.5e-3, orthogonal=orthogonal)
+    trainer = Trainer("dit", {"net": net, "heads": heads}, work, steps, 2e-3, orthogonal=orthogonal)
     region, nothing = weights_around_objects(scenes), torch.tensor(nothing, dtype=torch.int32)
 
     def loss_of(step, g):

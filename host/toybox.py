@@ -123,10 +123,9 @@ def build_vae(state: dict) -> comfy.sd.VAE:
     return vae
 
 
-def load(path: Path = FILE):
-    """Reads the toy world's checkpoint.
+def read(path: Path) -> tuple[dict, ToyLatent]:
+    """Tensors of a packed file, fp32, and its latents' scale and preview colours.
 
-    Returns: (MODEL, CLIP, VAE) for the stock nodes.
     Raises: FileNotFoundError saying how to make the file again.
     """
     if not Path(path).is_file():
@@ -134,15 +133,30 @@ def load(path: Path = FILE):
             f"The toy world's weights are missing: {path}. Reinstall the pack, or run demo/train.py."
         )
     state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     facts = json.loads(metadata["toybox"])
-    model = build_model(ToyLatent(facts["scale_factor"], facts["rgb"], facts["rgb_bias"]))
-    part = comfy.utils.state_dict_prefix_replace
-    model.model.diffusion_model.load_state_dict(part(state, {"model.diffusion_model.": ""}, filter_keys=True))
-    text = part(state, {"cond_stage_model.": ""}, filter_keys=True)
-    table = initial_table()
-    table[text.pop("token_ids").long()] = text[TABLE]
-    text[TABLE] = table
-    clip = build_clip(folder_paths.get_folder_paths("embeddings"))
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    return state, ToyLatent(facts["scale_factor"], facts["rgb"], facts["rgb_bias"])
+
+
+def below(state: dict, prefix: str) -> dict:
+    """The tensors under a prefix, without it."""
+    return comfy.utils.state_dict_prefix_replace(state, {prefix: ""}, filter_keys=True)
+
+
+def whole_table(text: dict, name: str, table: torch.Tensor) -> dict:
+    """``text`` with the stored rows of its embedding ``name`` put into ``table``, all initial rows."""
+    table[text.pop("token_ids").long()] = text[name]
+    return {**text, name: table}
+
+
+def load(path: Path = FILE):
+    """Reads the toy world's checkpoint.
+
+    Returns: (MODEL, CLIP, VAE) for the stock nodes. Raises: FileNotFoundError.
+    """
+    state, latent = read(path)
+    model, clip = build_model(latent), build_clip(folder_paths.get_folder_paths("embeddings"))
+    model.model.diffusion_model.load_state_dict(below(state, "model.diffusion_model."))
+    text = whole_table(below(state, "cond_stage_model."), TABLE, initial_table())
     clip.cond_stage_model.clip_l.load_state_dict(text, strict=False)
-    return model, clip, build_vae(part(state, {"first_stage_model.": ""}, filter_keys=True))
+    return model, clip, build_vae(below(state, "first_stage_model."))

@@ -5,7 +5,6 @@ modulates, are those of ``toybox-unet.safetensors``. Of T5's token embedding onl
 touched, with their ids; every other row is its seeded initial value.
 """
 
-import json
 from pathlib import Path
 
 import comfy.model_base
@@ -15,7 +14,6 @@ import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.text_encoders.flux
-import comfy.utils
 import folder_paths
 import torch
 
@@ -93,24 +91,13 @@ def build_clip(embeddings: list[str] | None = None) -> comfy.sd.CLIP:
 def load(path: Path = FILE):
     """Reads the transformer, and what it shares with the toy world's checkpoint.
 
-    Returns: (MODEL, CLIP, VAE) for the stock nodes.
-    Raises: FileNotFoundError saying how to make the file again.
+    Returns: (MODEL, CLIP, VAE) for the stock nodes. Raises: FileNotFoundError saying how to make the file again.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"The toy transformer's weights are missing: {path}. Reinstall the pack, or run demo/train.py dit."
-        )
-    state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    state, latent = toybox.read(path)
     _, base, vae = toybox.load()
-    facts = json.loads(metadata["toybox"])
-    model = build_model(ToyLatent(facts["scale_factor"], facts["rgb"], facts["rgb_bias"]))
-    part = comfy.utils.state_dict_prefix_replace
-    model.model.diffusion_model.load_state_dict(part(state, {"model.diffusion_model.": ""}, filter_keys=True))
-    text = part(state, {"text_encoders.t5xxl.": ""}, filter_keys=True)
-    table = initial_table()
-    table[text.pop("token_ids").long()] = text[TABLE]
-    clip = build_clip(folder_paths.get_folder_paths("embeddings"))
-    clip.cond_stage_model.t5xxl.load_state_dict({**text, TABLE: table}, strict=False)
+    model, clip = build_model(latent), build_clip(folder_paths.get_folder_paths("embeddings"))
+    model.model.diffusion_model.load_state_dict(toybox.below(state, "model.diffusion_model."))
+    text = toybox.whole_table(toybox.below(state, "text_encoders.t5xxl."), TABLE, initial_table())
+    clip.cond_stage_model.t5xxl.load_state_dict(text, strict=False)
     clip.cond_stage_model.clip_l.load_state_dict(base.cond_stage_model.clip_l.state_dict())
     return model, clip, vae
