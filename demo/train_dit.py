@@ -1,4 +1,5 @@
-"""The stage ``dit`` of train.py: the toy world's diffusion transformer and its T5, on pictures with one or two objects.
+"""The stages ``dit`` and ``polish-dit`` of train.py: the toy world's diffusion transformer and its T5, on pictures with
+one or two objects; from nothing, and from the packed weights on new pictures.
 
 Flow matching (arXiv 2209.03003) on the latents of the packed autoencoder, a tenth of the captions empty.
 """
@@ -37,13 +38,11 @@ class Flow(torch.nn.Module):
 
     def __init__(self, clip, model, used: torch.Tensor):
         super().__init__()
-        from host import toydit
-
         self.dit, self.t5 = model.model.diffusion_model, clip.cond_stage_model.t5xxl.transformer
         for p in [*self.dit.parameters(), *self.t5.parameters()]:
             p.requires_grad_(True)
-        self.t5.get_input_embeddings().weight.requires_grad_(False)
-        self.table = torch.nn.Parameter(toydit.initial_table()[used])
+        table = self.t5.get_input_embeddings().weight.requires_grad_(False)
+        self.table = torch.nn.Parameter(table[used].clone())
         self.register_buffer("place", torch.full((32128,), -1))
         self.place[used] = torch.arange(len(used))
 
@@ -56,11 +55,10 @@ class Flow(torch.nn.Module):
         return self.dit(x, level, context, pooled, None, transformer_options={})
 
 
-def texts(scenes, clip, work: Path) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
+def texts(scenes, clip, file: Path) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
     """T5 ids [n, CAPTIONS, TOKENS] and pooled vectors [n, CAPTIONS, width] of seeded captions, and of the empty one."""
     from host import toydit
 
-    file = work / "dit-texts.pt"
     if not file.is_file():
         rng, ids, short, pooled = random.Random(1), [], [], []
         for scene in scenes:
@@ -78,11 +76,6 @@ def texts(scenes, clip, work: Path) -> tuple[torch.Tensor, torch.Tensor, list[in
     with torch.no_grad():
         empty = clip.cond_stage_model.clip_l.encode_token_weights(nothing["l"])[1][0]
     return ids, pooled, [t for t, _ in nothing["t5xxl"][0]], empty
-
-
-def used_tokens(ids: torch.Tensor, nothing: list[int]) -> torch.Tensor:
-    """T5 tokens of all captions and of the empty one, in order."""
-    return torch.cat([ids.flatten().unique().long(), torch.tensor(nothing)]).unique()
 
 
 def weights_around_objects(scenes, cells: int = 16) -> torch.Tensor:
@@ -159,23 +152,14 @@ def build():
         if "relative_attention_bias" in name:
             torch.nn.init.normal_(p, std=0.1)
     clip.cond_stage_model.clip_l.load_state_dict(packed.cond_stage_model.clip_l.state_dict())
-    return model, clip, vae.first_stage_model
+    clip.cond_stage_model.t5xxl.load_state_dict({toydit.TABLE: toydit.initial_table()}, strict=False)
+    return model, clip, vae
 
 
-def train_dit(work: Path, steps: int, pictures: int = 12000, batch: int = 24) -> None:
-    """Trains, resumably; a sheet of held-out prompts every thousand steps."""
-    import comfy.model_management
+def latents_of(scenes, vae, file: Path) -> torch.Tensor:
+    """Latents [n, c, h, w] of drawn scenes, made once."""
+    from .train import encode
 
-    from host import toydit
-    from host.gradients import safe_residuals
-
-    from .train import encode, sheet
-    from .trainer import Trainer
-
-    comfy.model_management.in_training = True  # chooses rope and norm kernels that differentiate
-    scenes = scenes_of(pictures, 11)
-    model, clip, vae = build()
-    file = work / "dit-latents.pt"
     if not file.is_file():
         parts = []
         for start in range(0, len(scenes), 64):
@@ -183,9 +167,29 @@ def train_dit(work: Path, steps: int, pictures: int = 12000, batch: int = 24) ->
             with torch.no_grad():
                 parts.append(encode(vae, torch.from_numpy(np.stack(drawn))))
         torch.save(torch.cat(parts), file)
-    z = torch.load(file, weights_only=True)
-    ids, pooled, nothing, empty = texts(scenes, clip, work)
-    used = used_tokens(ids, nothing)
+    return torch.load(file, weights_only=True)
+
+
+def train_dit(work: Path, steps: int, packed: Path | None = None, pictures: int = 12000, batch: int = 24) -> Path:
+    """Trains, resumably, from nothing or from ``packed``; a sheet of held-out prompts every thousand steps.
+
+    Returns: the file with the state, for ``pack``.
+    """
+    import comfy.model_management
+
+    from host import toydit
+    from host.gradients import safe_residuals
+
+    from .train import sheet
+    from .trainer import Trainer
+
+    comfy.model_management.in_training = True  # chooses rope and norm kernels that differentiate
+    name, scenes = ("polish-dit", scenes_of(pictures, 12)) if packed else ("dit", scenes_of(pictures, 11))
+    model, clip, vae = toydit.load(packed) if packed else build()
+    vae = vae.first_stage_model
+    z = latents_of(scenes, vae, work / f"{name}-latents.pt")
+    ids, pooled, nothing, empty = texts(scenes, clip, work / f"{name}-texts.pt")
+    used = torch.cat([ids.flatten().long(), torch.tensor(nothing), toydit.stored(packed)]).unique()
     net = Flow(clip, model, used)
     print("parameters", sum(p.numel() for p in net.dit.parameters()), "words", len(used), flush=True)
     heads, labels = CellHeads(toydit.DIT["hidden_size"]), cell_labels(scenes)
@@ -195,7 +199,8 @@ def train_dit(work: Path, steps: int, pictures: int = 12000, batch: int = 24) ->
     def orthogonal(name: str) -> bool:
         return "_blocks." in name and name.endswith("weight") and "norm" not in name
 
-    trainer = Trainer("dit", {"net": net, "heads": heads}, work, steps, 2e-3, orthogonal=orthogonal)
+    rate = 1e-3 if packed else 2e-3
+    trainer = Trainer(name, {"net": net, "heads": heads}, work, steps, rate, orthogonal=orthogonal)
     region, nothing = weights_around_objects(scenes), torch.tensor(nothing, dtype=torch.int32)
 
     def loss_of(step, g):
@@ -226,13 +231,15 @@ def train_dit(work: Path, steps: int, pictures: int = 12000, batch: int = 24) ->
         for now, then in zip(levels[:-1], levels[1:], strict=True):
             plain, some = net.velocity(torch.cat([x, x]), now.expand(2 * count), context, both).chunk(2)
             x = x + (then - now) * (plain + 3.0 * (some - plain))
-        sheet(vae.decode(x), 8, work / f"dit-{trainer.step:05d}.png")
+        sheet(vae.decode(x), 8, work / f"{name}-{trainer.step:05d}.png")
 
     with safe_residuals(net.t5, net.dit):
         trainer.run(loss_of, report, every=250)
+    torch.save(used, trainer.file.with_suffix(".tokens"))
+    return trainer.file
 
 
-def pack(work: Path, file: Path) -> None:
+def pack(trained: Path, file: Path) -> None:
     """Writes the averaged weights as one bf16 file; picture rows' heads stay behind."""
     import json
 
@@ -241,16 +248,14 @@ def pack(work: Path, file: Path) -> None:
 
     from host import toybox, toydit
 
-    kept = torch.load(work / "dit.pt", weights_only=True)["average"]
+    kept = torch.load(trained, weights_only=True)["average"]
     own = {k.removeprefix("net."): v for k, v in kept.items() if k.startswith("net.")}
     state = {"model.diffusion_model." + k.removeprefix("dit."): v for k, v in own.items() if k.startswith("dit.")}
     t5 = "text_encoders.t5xxl."
     state |= {f"{t5}transformer." + k.removeprefix("t5."): v for k, v in own.items() if k.startswith("t5.")}
     state[t5 + toydit.TABLE] = own["table"]
     state = {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}
-    ids = torch.load(work / "dit-texts.pt", weights_only=True)[0]
-    nothing = [t for t, _ in toydit.build_clip().tokenize("")["t5xxl"][0]]
-    state[f"{t5}token_ids"] = used_tokens(ids, nothing).int()
+    state[f"{t5}token_ids"] = torch.load(trained.with_suffix(".tokens"), weights_only=True).int()
     with safe_open(toybox.FILE, "pt") as base:
         facts = json.loads(base.metadata()["toybox"])
     rgb = (facts["scale_factor"] * torch.tensor(facts["rgb"])).tolist()  # these latents are not scaled

@@ -132,6 +132,33 @@ def pair_caption(scenes: tuple[Scene, Scene], rng: random.Random, full: bool = F
     return ", ".join(filter(None, [f"{ground} background" if ground else "", both]))
 
 
+def two_things(seed: int) -> tuple[Scene, Scene]:
+    """A pair that differs in shape, colour and pattern: a picture to learn words from."""
+    rng = random.Random(f"words/{seed}")
+    while True:
+        left, right = pair(rng, None)
+        if all(getattr(left, f) != getattr(right, f) for f in ("shape", "colour", "pattern")):
+            return left, right
+
+
+def named_by(noun: str, said: str) -> str:
+    """A noun that is written as ``said``, with its article."""
+    return f"an {said}" if noun[0] in "aeiou" else f"a {said}"
+
+
+def marked_captions(scenes: tuple[Scene, Scene]) -> str:
+    """Lines that say what is in the picture and not how it looks, its three words marked as Learn Modulation wants."""
+    nouns, ground = [named_by(s.shape, f"[{s.shape}]") for s in scenes], "[background]"
+    forms = (
+        "a photo of {0} and {1}, {2}",
+        "a photo of {1} and {0}, {2}",
+        "{0} on the left and {1} on the right, {2}",
+        "{2} scene with {0} and {1}",
+        "{2}, {1} and {0}",
+    )
+    return "\n".join(form.format(*nouns, ground) for form in forms)
+
+
 def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
     """A sentence about the scene; factors may be left out unless ``full``, and the word order varies."""
     keep = (lambda p: True) if full else (lambda p: rng.random() < p)

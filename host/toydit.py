@@ -88,6 +88,13 @@ def build_clip(embeddings: list[str] | None = None) -> comfy.sd.CLIP:
     )
 
 
+def stored(path: Path | None) -> torch.Tensor:
+    """Ids of the tokens whose rows a packed file holds; none without a file."""
+    if path is None:
+        return torch.zeros(0, dtype=torch.long)
+    return toybox.read(path)[0]["text_encoders.t5xxl.token_ids"].long()
+
+
 def load(path: Path = FILE):
     """Reads the transformer, and what it shares with the toy world's checkpoint.
 
