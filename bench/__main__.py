@@ -2,10 +2,10 @@
 
 Cases: ti_vs_diffusers, prism_vs_script, lora_vs_core (a learning step against others' code on the same weights),
 core_gradients (of the core's trainer), match_vs_kornia (pairs of cells of two feature grids), refine_cost (passes of
-one refinement), dictionary (sparse autoencoders of token features); fidelity, prism, stage2, kv, per_query (methods
-over the novel concepts, with bootstrap intervals); quality (the toy world itself), prompt_cost and modulation_cost
-(sampling with rows per stage, layer and role, and with modulated words), pck (points found in other pictures). Needs
-COMFYUI_PATH.
+one refinement), dictionary (sparse autoencoders of token features); fidelity, prism, stage2, kv, per_query, words
+(methods over the novel concepts, with bootstrap intervals); quality (the toy world itself), prompt_cost and
+modulation_cost (sampling with rows per stage, layer and role, and with modulated words), pck (points found in other
+pictures). Needs COMFYUI_PATH.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 CASES = (
     *("ti_vs_diffusers", "prism_vs_script", "lora_vs_core", "core_gradients", "match_vs_kornia", "refine_cost"),
     "dictionary",
-    *("fidelity", "prism", "stage2", "kv", "per_query"),
+    *("fidelity", "prism", "stage2", "kv", "per_query", "words"),
     *("quality", "prompt_cost", "modulation_cost", "pck"),
 )
 

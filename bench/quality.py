@@ -1,6 +1,7 @@
 """How well the toy world draws what a prompt says: held-out combinations, judged; and the VAE's PSNR.
 
-Prompts name every factor of combinations (shape, colour, pattern) that never occurred in training.
+Prompts name every factor of combinations (shape, colour, pattern) that never occurred in training; the transformer's
+also two objects side by side. ``nox -s bench -- quality [unet|transformer] [COUNT]``
 """
 
 import json
@@ -17,7 +18,7 @@ from demo import measure, world
 from . import toy
 from .runner import RESULTS, machine
 
-GOALS = {"shape": 0.90, "psnr": 27.0}
+GOALS = {"shape": 0.90, "pair shape": 0.90, "binding": 0.85, "psnr": 27.0}
 OTHERS = 0.95
 
 
@@ -36,26 +37,44 @@ def psnr(vae, count: int = 256, seed: int = 99) -> float:
     return -10 * math.log10(float(torch.stack(errors).mean()))
 
 
+def pairs(parts, eyes, count: int, how: tuple) -> dict[str, float]:
+    """Two objects side by side: shares of sides with the right shape, and with both the right colour and pattern."""
+    rng = random.Random(4)
+    scenes = [world.pair(rng, hold=True) for _ in range(count)]
+    texts = [world.pair_caption(s, rng, full=True) for s in scenes]
+    pictures = toy.draw(parts, [toy.prompt(parts, t) for t in texts], seed=1, how=how)
+    shape, bound = [], []
+    for number, side in enumerate(eyes.sides(pictures)):
+        right = {
+            f: side[f] == torch.tensor([judging.CLASSES[f].index(getattr(s[number], f)) for s in scenes]) for f in side
+        }
+        shape.append(right["shape"])
+        bound.append(right["colour"] & right["pattern"])
+    return {"pair shape": float(torch.cat(shape).double().mean()), "binding": float(torch.cat(bound).double().mean())}
+
+
 def main(options, rest) -> int:
-    count = int(rest[0]) if rest else 500
+    kind, count = rest[0] if rest else "unet", int(rest[1]) if len(rest) > 1 else 500
     toy.host()
-    parts, eyes, rng = toy.load(), judging.load(), random.Random(2)
+    how = toy.HOW if kind == "unet" else toy.FLOW
+    parts, eyes, rng = toy.load(kind), judging.load(), random.Random(2)
     scenes = [world.named_scene(rng, hold=True) for _ in range(count)]
     begun = time.monotonic()
-    pictures = toy.draw(parts, [toy.prompt(parts, world.caption(s, rng, full=True)) for s in scenes], seed=1)
+    pictures = toy.draw(parts, [toy.prompt(parts, world.caption(s, rng, full=True)) for s in scenes], seed=1, how=how)
     wanted = [{f: getattr(s, f) for f in world.FACTORS} for s in scenes]
-    found = measure.accuracy(eyes, pictures, wanted) | {"psnr": psnr(parts[2])}
+    found = measure.accuracy(eyes, pictures, wanted)
+    found |= {"psnr": psnr(parts[2])} if kind == "unet" else pairs(parts, eyes, count, how)
     for factor, value in found.items():
         goal = GOALS.get(factor, OTHERS)
         print(f"{factor:10s} {value:7.3f}  goal {goal:5.2f}  {'reached' if value >= goal else 'MISSED'}")
     RESULTS.mkdir(exist_ok=True)
-    settings = {"steps": toy.STEPS, "cfg": toy.CFG, "sampler": toy.SAMPLER, "scheduler": toy.SCHEDULER}
     report = {
         "pictures": count,
-        "settings": settings,
+        "settings": dict(zip(("steps", "cfg", "sampler", "scheduler"), how, strict=True)),
         "found": found,
         "seconds": time.monotonic() - begun,
         "machine": machine(),
     }
-    (RESULTS / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
+    name = "quality" if kind == "unet" else f"quality_{kind}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0

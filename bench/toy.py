@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 PACK = Path(__file__).resolve().parent.parent
-STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.0, "dpmpp_2m", "karras"
+HOW = STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.0, "dpmpp_2m", "karras"
+FLOW = 20, 3.0, "euler", "simple"
+"""The same for the transformer."""
 
 
 def alias() -> None:
@@ -36,17 +38,17 @@ def host() -> None:
     folder_paths.set_output_directory(str(PACK / "out" / "bench"))
 
 
-def load():
-    """(MODEL, CLIP, VAE) as the node gives them."""
-    from concepts.host import toybox
+def load(kind: str = "unet"):
+    """(MODEL, CLIP, VAE) as the node gives them; ``kind``: unet or transformer."""
+    from concepts.host import toybox, toydit
 
     with torch.inference_mode():
-        return toybox.load()
+        return (toybox if kind == "unet" else toydit).load()
 
 
 @torch.inference_mode()
-def draw(toy, conditionings: list, seed: int, at_once: int = 50) -> np.ndarray:
-    """Pictures uint8 [n, 128, 128, 3], one per conditioning, with the stock KSampler and its fixed settings."""
+def draw(toy, conditionings: list, seed: int, at_once: int = 50, how: tuple = HOW) -> np.ndarray:
+    """Pictures uint8 [n, 128, 128, 3], one per conditioning, with the stock KSampler and fixed settings."""
     import comfy.hooks
     import nodes
 
@@ -57,9 +59,12 @@ def draw(toy, conditionings: list, seed: int, at_once: int = 50) -> np.ndarray:
         part = conditionings[start : start + at_once]
         hooks = comfy.hooks.HookGroup.combine_all_hooks([c[0][1].get("hooks") for c in part])
         # one row of the batch each; a hook knows its own row
-        rows = [[torch.cat([c[0][0] for c in part]), {"hooks": hooks} if hooks else {}]]
+        facts = {"hooks": hooks} if hooks else {}
+        if part[0][0][1].get("pooled_output") is not None:
+            facts["pooled_output"] = torch.cat([c[0][1]["pooled_output"] for c in part])
+        rows = [[torch.cat([c[0][0] for c in part]), facts]]
         (latent,) = nodes.EmptyLatentImage().generate(128, 128, len(part))
-        (latent,) = nodes.common_ksampler(model, seed + start, STEPS, CFG, SAMPLER, SCHEDULER, rows, empty, latent)
+        (latent,) = nodes.common_ksampler(model, seed + start, *how, rows, empty, latent)
         (images,) = nodes.VAEDecode().decode(vae, latent)
         pictures.append((images * 255).round().byte().numpy())
     return np.concatenate(pictures)

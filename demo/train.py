@@ -4,8 +4,8 @@ Stages, each resumable after an interrupt: ``vae``, ``decoder`` (alone, on finis
 text encoder together), ``pack``, ``polish`` (the packed denoiser alone, on new pictures with many small patterned
 objects). ``dit`` and ``polish-dit`` (train_dit.py) train a diffusion transformer on the packed autoencoder; ``all``
 leaves them out. Working files go to ``--work``; ``pack``, ``polish`` and both of these write the bf16 files that the
-repository carries. On two cores of an AMD EPYC about four hours: VAE 50 minutes, decoder 12, denoiser 100 (0.43 s a step
-on an otherwise idle machine), polish 50; the transformer 72 without bf16 units (0.96 s a step).
+repository carries. On two cores of an AMD EPYC about four hours: VAE 50 minutes, decoder 12, denoiser 100 (0.43 s a
+step on an otherwise idle machine), polish 50; the transformer 72 without bf16 units (0.96 s a step).
 """
 
 import argparse

@@ -93,6 +93,20 @@ def test_captions_of_two_objects_bind_their_words():
 
 
 @pytest.mark.parametrize("make", [world.named_scene, world.thing_scene])
+def test_pictures_to_learn_words_from():
+    """Seeded, different in all looks, and captioned without any of them."""
+    for seed in range(30):
+        left, right = both = world.two_things(seed)
+        assert both == world.two_things(seed) and left.background == right.background
+        assert all(getattr(left, f) != getattr(right, f) for f in ("shape", "colour", "pattern"))
+        lines = world.marked_captions(both).splitlines()
+        assert len(set(lines)) == len(lines) == 5
+        for line in lines:
+            said = line.replace("[", "").replace("]", "").replace(",", "").split()
+            assert sorted(w for w in said if f"[{w}]" in line) == sorted([left.shape, right.shape, "background"])
+            assert not {left.colour, right.colour, left.pattern, right.pattern, left.background} & set(said)
+
+
 def test_box_holds_the_object_and_says_nothing_of_its_shape(make):
     rng = random.Random(9)
     for _ in range(60):

@@ -49,3 +49,29 @@ def test_training_pictures_hold_one_or_two_objects():
     assert weights.shape == (8, 1, 16, 16) and torch.allclose(weights.mean((2, 3)), torch.ones(8, 1))
     left, right = weights[..., :8].amax((1, 2, 3)), weights[..., 8:].amax((1, 2, 3))
     assert torch.equal(left, right)
+
+
+def test_the_packed_one_loads_and_draws_by_its_words(host):
+    """What the node gives: two colours of a word make different pictures, and decode to pictures."""
+    from concepts.host import toydit
+
+    from .test_variants import prompt, sample
+
+    with torch.inference_mode():
+        model, clip, vae = toydit.load()
+    made = Tiny(model, clip, torch.zeros(toydit.LATENT_CHANNELS, 16, 16))
+    red, again, blue = (
+        sample(made, prompt(made, f"a photo of a {c} plain mug, sand background"), prompt(made, ""), cfg=3.0, steps=8)
+        for c in ("red", "red", "blue")
+    )
+    with torch.inference_mode():
+        pictures = [vae.decode(x)[0].mean((0, 1)) for x in (red, blue)]
+    assert torch.equal(red, again)
+    assert float(pictures[0][0] - pictures[1][0]) > 0.02 and float(pictures[1][2] - pictures[0][2]) > 0.02
+
+
+def test_missing_weights_say_how_to_get_them(host, tmp_path):
+    from concepts.host import toydit
+
+    with pytest.raises(FileNotFoundError, match="Reinstall the pack"):
+        toydit.load(tmp_path / "none.safetensors")
