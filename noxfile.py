@@ -172,7 +172,8 @@ def train(session: nox.Session) -> None:
     python(
         session,
         host,
-        "demo/train.py",
+        "-m",
+        "demo.train",
         "--host",
         str(host),
         "--work",

@@ -19,11 +19,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from demo import world  # noqa: E402
-from demo.trainer import Trainer, half  # noqa: E402
+from . import world
+from .trainer import Trainer, half
 
 PICTURES = 16000
 THINGS = 0.25
@@ -475,7 +472,7 @@ def main() -> None:
     a = parser.parse_args()
     start_host(a.host.resolve())
     a.work.mkdir(parents=True, exist_ok=True)
-    packed = ROOT / "demo" / "toybox-unet.safetensors"
+    packed = Path(__file__).with_name("toybox-unet.safetensors").resolve()
     if a.stage in ("vae", "all"):
         train_vae(a.work, a.vae_steps)
     if a.stage in ("decoder", "all"):
@@ -488,7 +485,7 @@ def main() -> None:
         for number, steps in enumerate(a.polish_steps):
             polish(a.work, packed, number, steps)
     if a.stage in ("dit", "polish-dit"):
-        from demo import train_dit
+        from . import train_dit
 
         transformer = packed.with_name("toybox-dit.safetensors")
         begin = transformer if a.stage == "polish-dit" else None

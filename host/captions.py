@@ -18,6 +18,16 @@ MARK = re.compile(r"\{(\w*)\}")
 Rows = Mapping[str, Mapping[str, torch.Tensor]]
 
 
+def _level(tokenizer, texts: list) -> None:
+    """Pads T5's one piece per text to the longest of them, so that texts of any length share a batch; in place."""
+    if any(len(pieces) != 1 for pieces in texts):
+        return
+    longest = max(len(pieces[0]) for pieces in texts)
+    for (piece,) in texts:
+        tokenizer.pad_tokens(piece, longest - len(piece))
+        piece[:] = [entry[:2] for entry in piece]
+
+
 class Prompts:
     """Captions in which ``{}`` stands for the concept, and ``{name}`` for further learned rows."""
 
@@ -43,6 +53,8 @@ class Prompts:
             return f" embedding:mark-{self.names.index(match[1])} " if known else match[0]
 
         self.tokens = [marking.tokenize(MARK.sub(marked, PLACEHOLDER.sub("{}", t)).strip()) for t in texts]
+        for encoder in encoders(clip):
+            _level(encoder.tokenizer, [tokens[encoder.slot] for tokens in self.tokens])
 
     def ready(self) -> None:
         """Sets the encoder up as the host does before encoding; call after the model is loaded."""

@@ -1,12 +1,10 @@
 """The embedded toy world: a tiny real model and pictures to learn from, so that everything runs without a download."""
 
-import functools
-
 from comfy_api.latest import io
 
 
 class LoadToyWorld(io.ComfyNode):
-    """The pack's own small models."""
+    """The pack's own small SD1-type model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -16,34 +14,24 @@ class LoadToyWorld(io.ComfyNode):
             category="concepts/toy",
             description="Loads the embedded toy model: 128 x 128 pictures of simple objects on simple backgrounds. "
             "Works with every stock node and needs no download.",
-            search_aliases=["tiny model", "test model", "toybox", "toy flux"],
-            inputs=[
-                io.Combo.Input(
-                    "type",
-                    options=["SD1", "Flux"],
-                    default="SD1",
-                    optional=True,
-                    tooltip="SD1: a UNet with CLIP, for everything but Learn Modulation. Flux: a transformer with CLIP "
-                    "and T5 that also draws two objects side by side; sample it with euler, simple, cfg 3.",
-                )
-            ],
+            search_aliases=["tiny model", "test model", "toybox"],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="Denoiser for 16 x 16 latents: noise prediction (SD1) or flow (Flux)."
+                    display_name="model", tooltip="SD1-type denoiser (noise prediction) for 16 x 16 latents."
                 ),
                 io.Clip.Output(
                     display_name="clip",
-                    tooltip="Text encoders with the usual tokenizers; their words are those of the toy world.",
+                    tooltip="Text encoder with CLIP's tokenizer; its words are those of the toy world.",
                 ),
                 io.Vae.Output(display_name="vae", tooltip="Autoencoder, 8x smaller latents."),
             ],
         )
 
     @classmethod
-    def execute(cls, type="SD1") -> io.NodeOutput:
-        from ..host import toybox, toydit  # not at every start
+    def execute(cls) -> io.NodeOutput:
+        from ..host import toybox  # not at every start
 
-        return io.NodeOutput(*(toybox if type == "SD1" else toydit).load())
+        return io.NodeOutput(*toybox.load())
 
 
 class LoadToyReferences(io.ComfyNode):
@@ -76,12 +64,9 @@ class LoadToyReferences(io.ComfyNode):
                         "white-green-star",
                         "purple-orange-fish",
                         "poster-style",
-                        "two things",
                     ],
                     default="cross-mug",
-                    tooltip="What is on the pictures: new outlines, emblems, patterns, two-colour objects or a style. "
-                    "two things: two ordinary objects side by side, their captions with marked words for Learn "
-                    "Modulation; each seed is another pair, so take count 1.",
+                    tooltip="What is on the pictures: new outlines, emblems, patterns, two-colour objects or a style.",
                 ),
                 io.Int.Input(
                     "count",
@@ -109,20 +94,13 @@ class LoadToyReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, subject, count, seed) -> io.NodeOutput:
-        from PIL import ImageChops  # not at every start
-
-        from ..demo import world
+        from ..demo import world  # not at every start
         from ..host.pictures import batch
 
-        if subject == "two things":
-            scenes = [world.two_things(seed + i) for i in range(count)]
-            captions = "\n\n".join(world.marked_captions(both) for both in scenes)
-        else:
-            scenes = [(scene,) for scene in world.references(subject, count, seed)]
-            captions = "\n".join(world.reference_caption(scene, "{}") for (scene,) in scenes)
-        drawn = [world.render(*objects) for objects in scenes]
-        masks = [functools.reduce(ImageChops.lighter, own) for _, *own in drawn]
-        return io.NodeOutput(batch([picture for picture, *_ in drawn]), batch(masks), captions)
+        scenes = world.references(subject, count, seed)
+        drawn = [world.render(scene) for scene in scenes]
+        captions = "\n".join(world.reference_caption(scene, "{}") for scene in scenes)
+        return io.NodeOutput(batch([p for p, _ in drawn]), batch([m for _, m in drawn]), captions)
 
 
 NODES = [LoadToyWorld, LoadToyReferences]
