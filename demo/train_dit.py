@@ -15,6 +15,8 @@ from . import judge, world
 PAIRS = 0.5
 """Share of pictures with two objects."""
 CAPTIONS = 4
+POOLED_AWAY = 0.5
+"""Share of the pooled vectors that are the empty caption's: it must not take the place of T5's rows."""
 
 
 def scenes_of(count: int, seed: int) -> list[tuple[world.Scene, ...]]:
@@ -76,6 +78,76 @@ def texts(scenes, clip, file: Path) -> tuple[torch.Tensor, torch.Tensor, list[in
     with torch.no_grad():
         empty = clip.cond_stage_model.clip_l.encode_token_weights(nothing["l"])[1][0]
     return ids, pooled, [t for t, _ in nothing["t5xxl"][0]], empty
+
+
+class WordHeads(torch.nn.Module):
+    """What a noun's row of the text says of its object: shape, colour, pattern, ground and place."""
+
+    FACTORS = ("shape", "colour", "pattern", "background", "position")
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.sizes = [len(world.FACTORS[name]) for name in self.FACTORS]
+        self.read = torch.nn.Linear(width, sum(self.sizes))
+
+    def forward(self, rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed cross-entropy, and the share of right answers per factor, for rows [n, width], labels [n, 5]."""
+        said = self.read(rows).split(self.sizes, 1)
+        parts = [torch.nn.functional.cross_entropy(a, b, ignore_index=-1) for a, b in zip(said, labels.T, strict=True)]
+        right = torch.stack([(a.argmax(1) == b).float().mean() for a, b in zip(said, labels.T, strict=True)])
+        return sum(parts), right
+
+
+def nouns(scenes, clip, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where nouns end in captions, and of what: places [m, 3] (scene, caption, row), labels [m, 5].
+
+    Named objects alone, and of pairs those whose nouns differ.
+    """
+    pieces = {}
+    for shape in world.SHAPES:
+        own = [t for t, _ in clip.tokenize(shape)["t5xxl"][0]]
+        pieces[shape] = own[: own.index(1)]  # 1 ends a text
+    places, labels = [], []
+    for number, (objects, captions) in enumerate(zip(scenes, ids.tolist(), strict=True)):
+        named = [s for s in objects if s.shape in pieces and sum(s.shape == other.shape for other in objects) == 1]
+        for scene in named:
+            own, known = pieces[scene.shape], scene.labels()
+            for which, row in enumerate(captions):
+                starts = [i for i in range(len(row) - len(own)) if row[i : i + len(own)] == own]
+                if len(starts) == 1:
+                    places.append((number, which, starts[0] + len(own) - 1))
+                    labels.append([known[name] for name in WordHeads.FACTORS])
+    return torch.tensor(places), torch.tensor(labels)
+
+
+def head_start(net: Flow, scenes, clip, ids: torch.Tensor, work: Path, steps: int = 2000, batch: int = 64) -> None:
+    """T5 alone: a noun's row must say what its object is like.
+
+    Without it the denoiser takes what it can from the pooled vector, which cannot bind looks to objects, before T5 says
+    anything, and shuts its rows out for good.
+    """
+    from host.gradients import safe_residuals
+
+    from .trainer import Trainer
+
+    places, labels = nouns(scenes, clip, ids)
+    heads, seen = WordHeads(net.table.shape[1]), []
+    parts = {"t5": net.t5, "heads": heads, "words": torch.nn.ParameterDict({"table": net.table})}
+    trainer = Trainer("dit-words", parts, work, steps, 1e-3, ema=0.99)
+
+    def loss_of(step, g):
+        pick = torch.randint(len(places), (batch,), generator=g)
+        scene, which, row = places[pick].T
+        loss, right = heads(net.context(ids[scene, which])[torch.arange(batch), row], labels[pick])
+        seen.append(right.detach())
+        return loss
+
+    def report():
+        share = torch.stack(seen[-200:]).mean(0).tolist()
+        print("words", {k: round(v, 3) for k, v in zip(WordHeads.FACTORS, share, strict=True)}, flush=True)
+
+    with safe_residuals(net.t5):
+        trainer.run(loss_of, report)
 
 
 def weights_around_objects(scenes, cells: int = 16) -> torch.Tensor:
@@ -192,6 +264,8 @@ def train_dit(work: Path, steps: int, packed: Path | None = None, pictures: int 
     used = torch.cat([ids.flatten().long(), torch.tensor(nothing), toydit.stored(packed)]).unique()
     net = Flow(clip, model, used)
     print("parameters", sum(p.numel() for p in net.dit.parameters()), "words", len(used), flush=True)
+    if not packed:
+        head_start(net, scenes, clip, ids, work)
     heads, labels = CellHeads(toydit.DIT["hidden_size"]), cell_labels(scenes)
     seen = []
     net.dit.double_blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out[0].clone()))
@@ -208,6 +282,7 @@ def train_dit(work: Path, steps: int, packed: Path | None = None, pictures: int 
         words, vectors = ids[pick, which].clone(), pooled[pick, which].clone()
         none = torch.rand(batch, generator=g) < 0.1
         words[none], vectors[none] = nothing, empty
+        vectors[torch.rand(batch, generator=g) < POOLED_AWAY] = empty
         clean, noise = z[pick], torch.randn(z[pick].shape, generator=g)
         level = noise_levels(batch, g)
         x = torch.lerp(clean, noise, level.view(-1, 1, 1, 1))
