@@ -54,7 +54,8 @@ def pairs(parts, eyes, count: int, how: tuple) -> dict[str, float]:
 
 
 def main(options, rest) -> int:
-    kind, count = rest[0] if rest else "unet", int(rest[1]) if len(rest) > 1 else 500
+    kind = "transformer" if "transformer" in rest else "unet"
+    count = next((int(word) for word in rest if word.isdigit()), 500)
     toy.host()
     how = toy.HOW if kind == "unet" else toy.FLOW
     parts, eyes, rng = toy.load(kind), judging.load(), random.Random(2)

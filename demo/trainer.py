@@ -9,7 +9,7 @@ import torch
 
 
 def has_half() -> bool:
-    """Whether the processor computes in bf16; elsewhere torch emulates it, thirty times slower than fp32."""
+    """Whether the processor computes in bf16; elsewhere torch emulates it, far slower than fp32."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -18,7 +18,13 @@ from ..kernels.controller import coded, dense, directions
 
 def _code(concept: Concept, word: str, features: torch.Tensor) -> torch.Tensor:
     reading, number = modulation.reading(concept.tensors), concept.info["words"].index(word)
-    return coded(reading, features, reading["kept"][number], concept.info["norm"])
+    code = coded(reading, features, reading["kept"][number], concept.info["norm"])
+    if not bool(code.any()):
+        raise CarrierMismatch(
+            f"None of the latents that <{concept.name}> learned {word!r} on is active where the word stands in this "
+            "prompt, so it would do nothing; set directions to cached, or learn with more latents or captions."
+        )
+    return code
 
 
 READINGS = {"dense": lambda concept, word, features: dense(features), "codes": _code}
@@ -170,11 +176,6 @@ def directions_of(word: Word, features: torch.Tensor, cached: bool = False) -> t
             f"{features.shape[-1]}; connect the text encoders it was learned with, or set directions to cached."
         )
     inputs = read(concept, word.mark.word, features.float().cpu())
-    if not bool(inputs.any()):
-        raise CarrierMismatch(
-            f"None of the latents that <{concept.name}> learned {word.mark.word!r} on is active where the word stands "
-            "in this prompt, so it would do nothing; set directions to cached, or learn with more latents or captions."
-        )
     each = bool(network["block.out.weight"].any())
     return word.strength * directions({k: v.to(inputs.device) for k, v in network.items()}, inputs, each)
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import torch
 from comfy_api.latest import io
 
 from ..host import folders
@@ -157,9 +158,7 @@ class InspectCarrier(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept, words, clip=None) -> io.NodeOutput:
-        import torch  # not at every start
-
-        from ..host.pictures import bars
+        from ..host.pictures import bars  # not at every start
         from ..host.report import inspect_text
 
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """Inputs and outputs that all learners share, in the order in which they stand on a node."""
 
+import torch
 from comfy_api.latest import io
 
 from ..kernels.draws import LAWS
@@ -181,9 +182,7 @@ def run_settings(values: dict) -> dict:
 
 def run(session, values: dict) -> tuple:
     """Learns with a learner's session as a node's ``values`` say. Returns: result, values of ``outputs()``, report."""
-    import torch  # not at every start
-
-    from ..host.learn import learn
+    from ..host.learn import learn  # not at every start
     from ..host.pictures import loss_curves
     from ..host.report import learned_text
 
