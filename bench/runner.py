@@ -57,6 +57,7 @@ def machine() -> dict:
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
     return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cpu": name,
         "cores": os.cpu_count(),
         "system": platform.system(),

@@ -22,10 +22,10 @@ def alias() -> None:
 
 
 def host() -> None:
-    """ComfyUI from COMFYUI_PATH, and the pack as package ``concepts``, in this process."""
+    """ComfyUI from COMFYUI_PATH, and the pack as package ``concepts``, in this process; on the GPU if there is one."""
     alias()
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    kept, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
+    kept, sys.argv = sys.argv, sys.argv[:1] + ([] if torch.cuda.is_available() else ["--cpu"])
     import comfy.options
 
     comfy.options.enable_args_parsing()

@@ -33,13 +33,11 @@ PLACES_FIRST = 6000
 """Steps that favour high noise, where ground and place are decided; outlines, decided below, have the rest."""
 
 
-def start_host(path: Path) -> None:
+def start_host(path: Path, gpu: bool = False) -> None:
     """Imports ComfyUI from ``path`` with arguments of its own."""
     sys.path.insert(0, str(path))
-    kept, sys.argv = (
-        sys.argv,
-        [sys.argv[0], "--cpu", "--use-split-cross-attention"],
-    )  # torch's fused attention has a slow backward here
+    # torch's fused attention has a slow backward on a CPU
+    kept, sys.argv = sys.argv, sys.argv[:1] + ([] if gpu else ["--cpu", "--use-split-cross-attention"])
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -87,7 +85,7 @@ def initialise(module: torch.nn.Module) -> None:
 def sheet(batch: torch.Tensor, columns: int, file: Path) -> None:
     """Writes float pictures [n, 3, h, w] in -1..1 as one PNG."""
     rows = [torch.cat(list(batch[i : i + columns]), 2) for i in range(0, len(batch), columns)]
-    grid = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0)
+    grid = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu()
     Image.fromarray(grid.numpy()).save(file)
 
 
@@ -199,7 +197,9 @@ def train_decoder(work: Path, steps: int) -> None:
 def encode(vae, batch: torch.Tensor) -> torch.Tensor:
     """Posterior means of uint8 pictures, fp32."""
     with half():
-        return vae.quant_conv(vae.encoder(to_input(batch))).float().chunk(2, 1)[0]
+        return (
+            vae.quant_conv(vae.encoder(to_input(batch.to(vae.quant_conv.weight.device)))).float().chunk(2, 1)[0].cpu()
+        )
 
 
 def caption_ids(scenes: list[world.Scene], tokenizer, work: Path, per_scene: int = 4) -> torch.Tensor:
@@ -468,9 +468,12 @@ def main() -> None:
     parser.add_argument("--decoder-steps", type=int, default=1600)
     parser.add_argument("--unet-steps", type=int, default=14000)
     parser.add_argument("--polish-steps", type=int, nargs="*", default=[4000, 2500], help="of every round")
-    parser.add_argument("--dit-steps", type=int, default=4500)
+    parser.add_argument("--dit-steps", type=int, default=12000)
+    parser.add_argument("--dit-pictures", type=int, default=32000)
+    parser.add_argument("--dit-batch", type=int, default=128)
+    parser.add_argument("--gpu", action="store_true", help="for dit and polish-dit")
     a = parser.parse_args()
-    start_host(a.host.resolve())
+    start_host(a.host.resolve(), a.gpu)
     a.work.mkdir(parents=True, exist_ok=True)
     packed = Path(__file__).with_name("toybox-unet.safetensors").resolve()
     if a.stage in ("vae", "all"):
@@ -489,7 +492,8 @@ def main() -> None:
 
         transformer = packed.with_name("toybox-dit.safetensors")
         begin = transformer if a.stage == "polish-dit" else None
-        train_dit.pack(train_dit.train_dit(a.work, a.dit_steps, begin), transformer)
+        trained = train_dit.train_dit(a.work, a.dit_steps, begin, a.dit_pictures, a.dit_batch)
+        train_dit.pack(trained, transformer)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ one or two objects; from nothing, and from the packed weights on new pictures.
 Flow matching (arXiv 2209.03003) on the latents of the packed autoencoder, a tenth of the captions empty.
 """
 
+import functools
+import multiprocessing
 import random
 from pathlib import Path
 
@@ -44,39 +46,63 @@ class Flow(torch.nn.Module):
         for p in [*self.dit.parameters(), *self.t5.parameters()]:
             p.requires_grad_(True)
         table = self.t5.get_input_embeddings().weight.requires_grad_(False)
-        self.table = torch.nn.Parameter(table[used].clone())
+        self.table = torch.nn.Parameter(table[used.to(table.device)].clone())
         self.register_buffer("place", torch.full((32128,), -1))
         self.place[used] = torch.arange(len(used))
 
     def context(self, ids: torch.Tensor) -> torch.Tensor:
         """T5 token ids [b, n] -> encoder output [b, n, width], as the host's Flux path computes it."""
-        return self.t5(None, None, embeds=self.table[self.place[ids.long()]], dtype=torch.float32)[0]
+        places = self.place[ids.to(self.place.device).long()]
+        return self.t5(None, None, embeds=self.table[places], dtype=torch.float32)[0]
 
     def velocity(self, x, level, context, pooled) -> torch.Tensor:
         """Noise minus picture for latents x [b, c, h, w] at noise levels [b] in 0..1."""
         return self.dit(x, level, context, pooled, None, transformer_options={})
 
 
+def spread(call, items: list, size: int = 64) -> list:
+    """``call`` of (number of the first, part of ``items``), in processes of their own."""
+    work = [(start, items[start : start + size]) for start in range(0, len(items), size)]
+    with multiprocessing.get_context("fork").Pool() as pool:  # spawned ones would have to import the host again
+        return pool.map(call, work)
+
+
+@functools.cache
+def tokenizer():
+    """Of both text encoders."""
+    from host import toydit
+
+    return toydit.ToyFluxTokenizer()
+
+
+def tokens_of(work) -> list[list[tuple[list[int], list]]]:
+    """Per scene CAPTIONS pairs of T5's and CLIP's ids."""
+    made, (first, scenes) = [], work
+    for number, scene in enumerate(scenes, first):
+        rng = random.Random(f"caption/{number}")
+        both = [tokenizer().tokenize_with_weights(said(scene, rng, full=i == 0)) for i in range(CAPTIONS)]
+        made.append([([t for t, _ in b["t5xxl"][0]], [t for t, _ in b["l"][0]]) for b in both])
+    return made
+
+
 def texts(scenes, clip, file: Path) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
     """T5 ids [n, CAPTIONS, TOKENS] and pooled vectors [n, CAPTIONS, width] of seeded captions, and of the empty one."""
     from host import toydit
 
+    encoder = clip.cond_stage_model.clip_l
     if not file.is_file():
-        rng, ids, short, pooled = random.Random(1), [], [], []
-        for scene in scenes:
-            both = [clip.tokenize(said(scene, rng, full=i == 0)) for i in range(CAPTIONS)]
-            rows = [[t for t, _ in b["t5xxl"][0]] for b in both]
-            assert max(map(len, rows)) == toydit.TOKENS, "a caption is longer than TOKENS"
-            ids.append(rows)
-            short += [[t for t, _ in b["l"][0]] for b in both]
+        tokenizer()  # once, for all processes
+        both = [one for part in spread(tokens_of, scenes) for one in part]
+        ids = torch.tensor([[t5 for t5, _ in one] for one in both], dtype=torch.int32)
+        assert ids.shape[2] == toydit.TOKENS, "a caption is longer than TOKENS"
+        short = [clip_ids for one in both for _, clip_ids in one]
         with torch.no_grad():
-            for start in range(0, len(short), 256):
-                pooled.append(clip.cond_stage_model.clip_l.encode(short[start : start + 256])[1])
-        torch.save((torch.tensor(ids, dtype=torch.int32), torch.cat(pooled).view(len(ids), CAPTIONS, -1)), file)
+            pooled = [encoder.encode(short[start : start + 256])[1].cpu() for start in range(0, len(short), 256)]
+        torch.save((ids, torch.cat(pooled).view(len(ids), CAPTIONS, -1)), file)
     ids, pooled = torch.load(file, weights_only=True)
     nothing = clip.tokenize("")
     with torch.no_grad():
-        empty = clip.cond_stage_model.clip_l.encode_token_weights(nothing["l"])[1][0]
+        empty = encoder.encode_token_weights(nothing["l"])[1][0].cpu()
     return ids, pooled, [t for t, _ in nothing["t5xxl"][0]], empty
 
 
@@ -131,14 +157,16 @@ def head_start(net: Flow, scenes, clip, ids: torch.Tensor, work: Path, steps: in
     from .trainer import Trainer
 
     places, labels = nouns(scenes, clip, ids)
-    heads, seen = WordHeads(net.table.shape[1]), []
+    device = net.table.device
+    heads, seen, labels = WordHeads(net.table.shape[1]).to(device), [], labels.to(device)
     parts = {"t5": net.t5, "heads": heads, "words": torch.nn.ParameterDict({"table": net.table})}
     trainer = Trainer("dit-words", parts, work, steps, 1e-3, ema=0.99)
 
     def loss_of(step, g):
         pick = torch.randint(len(places), (batch,), generator=g)
         scene, which, row = places[pick].T
-        loss, right = heads(net.context(ids[scene, which])[torch.arange(batch), row], labels[pick])
+        rows = net.context(ids[scene, which])[torch.arange(batch, device=device), row.to(device)]
+        loss, right = heads(rows, labels[pick.to(device)])
         seen.append(right.detach())
         return loss
 
@@ -228,21 +256,22 @@ def build():
     return model, clip, vae
 
 
+def drawn(work) -> np.ndarray:
+    """Pictures uint8 [n, h, w, 3] of scenes."""
+    return np.stack([world.pixels(world.render(*s)[0]) for s in work[1]])
+
+
 def latents_of(scenes, vae, file: Path) -> torch.Tensor:
     """Latents [n, c, h, w] of drawn scenes, made once."""
     from .train import encode
 
     if not file.is_file():
-        parts = []
-        for start in range(0, len(scenes), 64):
-            drawn = [world.pixels(world.render(*s)[0]) for s in scenes[start : start + 64]]
-            with torch.no_grad():
-                parts.append(encode(vae, torch.from_numpy(np.stack(drawn))))
-        torch.save(torch.cat(parts), file)
+        with torch.no_grad():
+            torch.save(torch.cat([encode(vae, torch.from_numpy(part)) for part in spread(drawn, scenes)]), file)
     return torch.load(file, weights_only=True)
 
 
-def train_dit(work: Path, steps: int, packed: Path | None = None, pictures: int = 12000, batch: int = 24) -> Path:
+def train_dit(work: Path, steps: int, packed: Path | None, pictures: int, batch: int) -> Path:
     """Trains, resumably, from nothing or from ``packed``; a sheet of held-out prompts every thousand steps.
 
     Returns: the file with the state, for ``pack``.
@@ -256,17 +285,20 @@ def train_dit(work: Path, steps: int, packed: Path | None = None, pictures: int 
     from .trainer import Trainer
 
     comfy.model_management.in_training = True  # chooses rope and norm kernels that differentiate
+    torch.set_float32_matmul_precision("high")
+    device = comfy.model_management.get_torch_device()
     name, scenes = ("polish-dit", scenes_of(pictures, 12)) if packed else ("dit", scenes_of(pictures, 11))
     model, clip, vae = toydit.load(packed) if packed else build()
-    vae = vae.first_stage_model
-    z = latents_of(scenes, vae, work / f"{name}-latents.pt")
+    vae = vae.first_stage_model.to(device)
+    clip.cond_stage_model.to(device)
+    z = latents_of(scenes, vae, work / f"{name}-latents.pt").to(device)
     ids, pooled, nothing, empty = texts(scenes, clip, work / f"{name}-texts.pt")
     used = torch.cat([ids.flatten().long(), torch.tensor(nothing), toydit.stored(packed)]).unique()
-    net = Flow(clip, model, used)
+    net = Flow(clip, model, used).to(device)
     print("parameters", sum(p.numel() for p in net.dit.parameters()), "words", len(used), flush=True)
     if not packed:
         head_start(net, scenes, clip, ids, work)
-    heads, labels = CellHeads(toydit.DIT["hidden_size"]), cell_labels(scenes)
+    heads, labels = CellHeads(toydit.DIT["hidden_size"]).to(device), cell_labels(scenes).to(device)
     seen = []
     net.dit.double_blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out[0].clone()))
 
@@ -275,7 +307,7 @@ def train_dit(work: Path, steps: int, packed: Path | None = None, pictures: int 
 
     rate = 1e-3 if packed else 2e-3
     trainer = Trainer(name, {"net": net, "heads": heads}, work, steps, rate, orthogonal=orthogonal)
-    region, nothing = weights_around_objects(scenes), torch.tensor(nothing, dtype=torch.int32)
+    region, nothing = weights_around_objects(scenes).to(device), torch.tensor(nothing, dtype=torch.int32)
 
     def loss_of(step, g):
         pick, which = torch.randint(len(z), (batch,), generator=g), torch.randint(CAPTIONS, (batch,), generator=g)
@@ -283,11 +315,12 @@ def train_dit(work: Path, steps: int, packed: Path | None = None, pictures: int 
         none = torch.rand(batch, generator=g) < 0.1
         words[none], vectors[none] = nothing, empty
         vectors[torch.rand(batch, generator=g) < POOLED_AWAY] = empty
-        clean, noise = z[pick], torch.randn(z[pick].shape, generator=g)
-        level = noise_levels(batch, g)
+        noise, level = torch.randn(batch, *z.shape[1:], generator=g).to(device), noise_levels(batch, g).to(device)
+        pick = pick.to(device)
+        clean = z[pick]
         x = torch.lerp(clean, noise, level.view(-1, 1, 1, 1))
         seen.clear()
-        error = (net.velocity(x, level, net.context(words), vectors) - (noise - clean)).square()
+        error = (net.velocity(x, level, net.context(words), vectors.to(device)) - (noise - clean)).square()
         return (error * region[pick]).mean() + 0.05 * heads(seen[-1], labels[pick])
 
     rng = random.Random(5)
@@ -295,14 +328,14 @@ def train_dit(work: Path, steps: int, packed: Path | None = None, pictures: int 
     tokens = [clip.tokenize(said(s, rng, full=True)) for s in shown]
     prompts = torch.tensor([[t for t, _ in b["t5xxl"][0]] for b in tokens])
     with torch.no_grad():
-        vectors = torch.cat([clip.cond_stage_model.clip_l.encode_token_weights(b["l"])[1] for b in tokens])
+        vectors = torch.cat([clip.cond_stage_model.clip_l.encode_token_weights(b["l"])[1].cpu() for b in tokens])
 
     def report():
         count = len(shown)
         context = torch.cat([net.context(nothing[None].expand(count, -1)), net.context(prompts)])
-        both = torch.cat([empty.expand(count, -1), vectors])
-        x = torch.randn(count, *z.shape[1:], generator=torch.Generator().manual_seed(3))
-        levels = torch.linspace(1, 0, 21)
+        both = torch.cat([empty.expand(count, -1), vectors]).to(device)
+        x = torch.randn(count, *z.shape[1:], generator=torch.Generator().manual_seed(3)).to(device)
+        levels = torch.linspace(1, 0, 21).to(device)
         for now, then in zip(levels[:-1], levels[1:], strict=True):
             plain, some = net.velocity(torch.cat([x, x]), now.expand(2 * count), context, both).chunk(2)
             x = x + (then - now) * (plain + 3.0 * (some - plain))
@@ -323,14 +356,14 @@ def pack(trained: Path, file: Path) -> None:
 
     from host import toybox, toydit
 
-    kept = torch.load(trained, weights_only=True)["average"]
+    kept = torch.load(trained, weights_only=True, map_location="cpu")["average"]
     own = {k.removeprefix("net."): v for k, v in kept.items() if k.startswith("net.")}
     state = {"model.diffusion_model." + k.removeprefix("dit."): v for k, v in own.items() if k.startswith("dit.")}
     t5 = "text_encoders.t5xxl."
     state |= {f"{t5}transformer." + k.removeprefix("t5."): v for k, v in own.items() if k.startswith("t5.")}
     state[t5 + toydit.TABLE] = own["table"]
     state = {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}
-    state[f"{t5}token_ids"] = torch.load(trained.with_suffix(".tokens"), weights_only=True).int()
+    state[f"{t5}token_ids"] = torch.load(trained.with_suffix(".tokens"), weights_only=True, map_location="cpu").int()
     with safe_open(toybox.FILE, "pt") as base:
         facts = json.loads(base.metadata()["toybox"])
     rgb = (facts["scale_factor"] * torch.tensor(facts["rgb"])).tolist()  # these latents are not scaled

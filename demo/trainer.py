@@ -78,7 +78,8 @@ class Trainer:
         self.average = {k: p.detach().clone() for k, p in self.parameters.items()}
         self.step = 0
         if self.file.is_file():
-            state = torch.load(self.file, weights_only=True)
+            where = next(iter(self.parameters.values())).device
+            state = torch.load(self.file, weights_only=True, map_location=where)
             self.step, self.average = state["step"], state["average"]
             for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
                 optimiser.load_state_dict(kept)
