@@ -27,8 +27,8 @@ TIMES = {f"both, t {t}": {"timestep": float(t)} for t in (1, 250, 500, 750)}
 RATES = {f"both, {part} of the rate": {"part": part} for part in (0.1, 0.3)}
 CHANGES = {
     f"{kind} {arm}".strip(): (kind, changes)
-    for kind, some in (("tokens", PARTS | RATES | TIMES), ("LoRA", PARTS))
-    for arm, changes in ({"": None} | some).items()
+    for kind, some in (("tokens", {"": None} | PARTS), ("LoRA", {"": None} | PARTS), ("tokens", RATES | TIMES))
+    for arm, changes in some.items()
 }
 """Method -> kind of concept, and the settings of its refinement; None for the concept as it was learned."""
 NAMES = [n for n in world.NOVEL if not world.NOVEL[n].scene.style]
@@ -85,6 +85,18 @@ def before(name: str, seed: int, kind: str):
     return noise, draw(parts, model, [concept] * PROMPTS, texts, noise)
 
 
+DIFT: dict[tuple, list[torch.Tensor]] = {}
+"""Features of the model without the concept, the same for every arm."""
+
+
+def found_once(session, key: tuple) -> None:
+    """``session.find``, from what an earlier arm found."""
+    if key not in DIFT:
+        type(session).find(session)
+        DIFT[key] = session.dift
+    session.dift = list(DIFT[key])
+
+
 def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor, int, int]:
     """Latents with the concept refined for each prompt; matched points in all; prompts that were left as they were."""
     from concepts.host import lora
@@ -103,7 +115,9 @@ def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor,
             settings = RefineSettings("novel", learning_rate=rate, seed=seed, **changes)
             both = (world.reference_caption(scene[0], "<novel>"), text)
             data = data_of(parts[2], picture, mask, both, latents[number : number + 1])
-            done.append(refine(RefineSession(*parts[:2], data, settings, concept)))
+            session = RefineSession(*parts[:2], data, settings, concept)
+            session.find = functools.partial(found_once, session, (name, seed, kind, number))
+            done.append(refine(session))
         if kind == "tokens":
             made = draw(parts, parts[0], [d.concept for d in done], texts, noise)
         else:
