@@ -1,5 +1,7 @@
 """The toy transformer is a Flux to the host and to the pack: stock sampling, prompts, attention, modulation."""
 
+import random
+
 import pytest
 import torch
 
@@ -56,6 +58,28 @@ def test_missing_weights_say_how_to_get_them(host, tmp_path):
 
     with pytest.raises(FileNotFoundError, match="nox -s train -- dit"):
         toydit.load(tmp_path / "none.safetensors")
+
+
+def test_the_packed_one_draws_what_words_say(toy):
+    """12 prompts through the node, sampled as its help page says."""
+    import nodes
+
+    from concepts.demo import judge, measure, world
+    from concepts.nodes.toy import LoadToyWorld
+
+    rng, seen, said = random.Random("words"), [], []
+    with torch.inference_mode():
+        model, clip, vae = LoadToyWorld.execute("Flux").result
+        (negative,) = nodes.CLIPTextEncode().encode(clip, "")
+        (latent,) = nodes.EmptyLatentImage().generate(world.SIZE, world.SIZE, 1)
+        for seed in range(12):
+            scene = world.named_scene(rng, None)
+            (positive,) = nodes.CLIPTextEncode().encode(clip, world.caption(scene, rng, full=True))
+            (made,) = nodes.common_ksampler(model, seed, 20, 3.0, "euler", "simple", positive, negative, latent)
+            seen += nodes.VAEDecode().decode(vae, made)
+            said.append({name: getattr(scene, name) for name in ("colour", "shape", "background")})
+    right = measure.accuracy(judge.load(), torch.cat(seen), said)
+    assert min(right.values()) >= 0.8, right
 
 
 def test_captions_longer_than_the_padding_share_a_batch(made):

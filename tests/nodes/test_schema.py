@@ -121,6 +121,8 @@ KNOWN = [
     ("ConceptRefineForPrompt", "loss_text", "host.refine", "TEXTS"),
     ("ConceptSteerWord", "mode", "host.steer", "MODES"),
 ]
+APART = {("ConceptLoadToyReferences", "subject"): ["two things"]}
+"""Choices after those of the constant, which stand for code of their own."""
 
 
 @pytest.mark.parametrize("node, name, module, constant", KNOWN, ids=lambda value: str(value))
@@ -128,4 +130,4 @@ def test_choices_that_stand_in_a_schema_are_what_the_code_behind_knows(host, nod
     """Schemas name them literally, so that ComfyUI's start imports no learner."""
     known = importlib.import_module(f"concepts.{module}")
     entry = next(e for e in json.loads(SNAPSHOT.read_text())[node]["inputs"] if e["name"] == name)
-    assert entry["choices"] == list(getattr(known, constant))
+    assert entry["choices"] == [*getattr(known, constant), *APART.get((node, name), [])]
