@@ -17,6 +17,7 @@ sys.modules["concepts"] = package
 
 def pytest_addoption(parser):
     parser.addoption("--comfyui", default=os.environ.get("COMFYUI_PATH"), help="folder of the ComfyUI to test against")
+    parser.addoption("--gpu", action="store_true", help="let the headless ComfyUI use the GPU")
     parser.addoption("--snapshot-update", action="store_true", help="write tests/nodes/schema.json anew")
 
 
@@ -53,11 +54,11 @@ def host(comfyui) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui, tmp_path_factory):
+def server(request, comfyui, tmp_path_factory):
     """A headless ComfyUI with this pack, shared by the whole run."""
     from concepts.demo.server import Server
 
-    with Server(comfyui, tmp_path_factory.mktemp("comfy")) as running:
+    with Server(comfyui, tmp_path_factory.mktemp("comfy"), cpu=not request.config.getoption("--gpu")) as running:
         yield running
 
 

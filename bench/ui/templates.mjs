@@ -27,7 +27,7 @@ async function layOut(api, note) {
     await window.app.loadApiJson(api, 'template')
     const graph = window.app.graph
     const columns = [['ConceptLoadToyWorld', 'CheckpointLoaderSimple', 'ConceptLoadToyReferences', 'LoadImage', 'ConceptLoadCarrier', 'ConceptLoadDictionary', 'ConceptTrainDictionary'],
-      ['ConceptMakeSet', 'ImageBatch'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptExtractFeatures', 'ConceptRefineForPrompt'],
+      ['ConceptMakeSet', 'ImageBatch'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptLearnModulation', 'ConceptExtractFeatures', 'ConceptRefineForPrompt'],
       ['ConceptMatchFeatures', 'ConceptMatchPoint', 'ConceptShowFeatures', 'ConceptTransferMask', 'ConceptFindPicture', 'ConceptEncodeWords', 'ConceptPruneCode', 'MaskToImage', 'ImageFromBatch'],
       ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
     const size = node => {

@@ -96,7 +96,13 @@ def test_plain_prompts_draw_the_same_picture(client):
     assert (pixels(client, ours, "16") == pixels(client, run(client, made), "16")).all()
 
 
-def test_cancel_keeps_the_concept_and_the_next_run_is_fresh(client, server):
+@pytest.fixture
+def exact(request) -> bool:
+    """Whether the same run gives the same bits: a GPU adds in an order of its own."""
+    return not request.config.getoption("--gpu")
+
+
+def test_cancel_keeps_the_concept_and_the_next_run_is_fresh(client, server, exact):
     made, pressed = learning("cancelled", seed=5), []
     made["4"]["inputs"]["steps"] = 4000
 
@@ -113,7 +119,8 @@ def test_cancel_keeps_the_concept_and_the_next_run_is_fresh(client, server):
     again["4"]["inputs"] |= {"steps": partial.info["steps"], "name": "cancelled"}
     saved = run(client, again)["outputs"]["10"]["text"][0].split()[-1]
     fresh = read_concept(server.folder("output") / saved)
-    assert all((fresh.tensors[k] == v).all() for k, v in partial.tensors.items())
+    assert fresh.info["steps"] == partial.info["steps"]
+    assert not exact or all((fresh.tensors[k] == v).all() for k, v in partial.tensors.items())
 
 
 def test_continue_from_a_loaded_concept(client, server):
@@ -131,7 +138,7 @@ def test_the_stock_loss_graph_takes_the_losses(client):
     assert run(client, made)["outputs"]["21"]["images"]
 
 
-@pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_", "8_", "9_"])
+@pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_", "8_", "9_", "15_", "16_"])
 def test_every_learner_learns_saves_and_draws(client, server, which):
     """The graphs of the other learners with fewer steps, from pictures to scenes."""
     made = graph(which)
@@ -154,7 +161,7 @@ def test_every_learner_learns_saves_and_draws(client, server, which):
         assert len(result["outputs"][keys(made, "SaveImage")[-1]]["images"]) == 5, "a picture per residual"
 
 
-def test_a_concept_is_refined_for_one_picture(client):
+def test_a_concept_is_refined_for_one_picture(client, exact):
     """The picture made inside is the KSampler's, and the same prompt and seed give another one afterwards."""
     made = graph("12_")
     result = run(client, made)
@@ -167,7 +174,7 @@ def test_a_concept_is_refined_for_one_picture(client):
     made["5"]["inputs"]["images"] = ["4", 2]
     again = run(client, made)
     assert (pixels(client, again, "5") == before).all()
-    assert (pixels(client, again, keys(made, "SaveImage")[1]) == after).all()
+    assert not exact or (pixels(client, again, keys(made, "SaveImage")[1]) == after).all()
 
 
 def test_a_concept_that_cannot_be_refined_says_why(client):
@@ -262,6 +269,10 @@ def test_learn_on_my_own_checkpoint(host, client, server):
     assert result["outputs"][keys(made, "ConceptSaveCarrier")[0]]["text"][0] == "saved embeddings/novel.safetensors"
     assert read_concept(server.folder("models") / "embeddings" / "novel.safetensors").tensors["clip_l"].shape[-1] == 768
     assert pixels(client, result, keys(made, "SaveImage")[0]).shape == (64, 64, 3)
+    for node in made.values():
+        if node["class_type"].startswith("ConceptLearn"):
+            node["inputs"]["seed"] += 1
+    run(client, made)  # on weights that sampling has used since
 
 
 def test_the_same_parts_are_found_in_two_pictures(client):
