@@ -144,13 +144,14 @@ class JointTap:
 
         def override(run, q, k, v, heads, mask, kwargs):
             split = kwargs.get("skip_reshape", False)
-            if self.records is records and q.shape[2 if split else 1] == text + pixels:
+            if q.shape[2 if split else 1] == text + pixels:
                 flat = [x.transpose(1, 2).flatten(2) if split else x for x in (q, k)]
                 columns = F.pad(self.columns, (0, 0, 0, pixels))
-                here = kwargs.get("transformer_options") or {}
-                kind, number = here.get("block_type", "joint"), len(self.records)
-                layer = Layer(f"{kind}.{here.get('block_index', number)}", number, 2, *self.size)
-                self.records[layer] = attention_columns(flat[0][:, text:], flat[1], heads, columns.to(q.device))
+                seen = attention_columns(flat[0][:, text:], flat[1], heads, columns.to(q.device))
+                if self.records is records:  # taken: the backward pass recomputes this block, and saves what it saved
+                    here = kwargs.get("transformer_options") or {}
+                    kind, number = here.get("block_type", "joint"), len(records)
+                    records[Layer(f"{kind}.{here.get('block_index', number)}", number, 2, *self.size)] = seen
             return run(k)
 
         return _overridden(options, override)

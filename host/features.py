@@ -11,7 +11,7 @@ from .attention import Layer
 from .denoise import Denoiser, sigmas_at
 from .feature_hooks import captured
 from .feature_places import ATTENTION, Want, checked, preset
-from .learn import fingerprint
+from .learn import fingerprint, room
 from .positions import columns_of
 from .progress import Progress
 from .show import prompted, tap_of
@@ -74,10 +74,12 @@ def extract(
             found = dict(seen.found)
             if tap:
                 found |= dict(zip(mine, mean_map(tap.take()).split(1, 1), strict=True))
+            pictures = part[:, 0].unique()
             for name, value in found.items():
-                value = value.float().cpu()
+                # added up on the device: for a large model, moving every member of an ensemble costs more than its pass
+                sums = torch.stack([value[part[:, 0] == p].float().sum(0) for p in pictures]) / count
                 whole = maps.setdefault(name, torch.zeros(len(latents), *value.shape[1:]))
-                whole.index_add_(0, part[:, 0], value / count)
+                whole.index_add_(0, pictures, sums.cpu())
             progress.show(done + 1)
     info = {
         "architecture": type(model.model.model_config).__name__,
@@ -98,7 +100,7 @@ def extract(
 
 def _rows_per_pass(model, shape: tuple[int, ...]) -> int:
     """Latents that fit into memory together, ``ROWS`` at most."""
-    free = comfy.model_management.get_free_memory(model.load_device)
+    free = room(model)
     return next((n for n in range(ROWS, 1, -1) if model.memory_required([n, *shape[1:]]) < 0.8 * free), 1)
 
 

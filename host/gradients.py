@@ -3,7 +3,8 @@
 Nodes run under ``torch.inference_mode`` (execution.py), so every weight and latent handed over is an inference tensor;
 CLIP, T5 and Flux add residuals in place on tensors that a norm has saved (clip_model.py, t5.py, flux/layers.py); and
 ``transformer_options`` is one dict that the forward rewrites (openaimodel.py), so a recompute would see the last block.
-This module is the one place that deals with all three.
+DynamicVRAM (ModelPatcherDynamic) computes with casts made in inference mode, in memory that it takes back at will.
+This module is the one place that deals with all four.
 """
 
 import contextlib
@@ -15,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 NORMS = ("LayerNorm", "T5LayerNorm", "RMSNorm")
 AROUND = "concept_around"
 """Key in ``transformer_options``: functions (block) -> context manager, open while a block is computed once more."""
-BLOCKS = ("BasicTransformerBlock", "ResBlock", "DoubleStreamBlock", "SingleStreamBlock", "JointBlock")
+BLOCKS = (
+    *("BasicTransformerBlock", "ResBlock", "DoubleStreamBlock", "SingleStreamBlock", "JointBlock"),
+    *("CLIPLayer", "T5Block"),  # encoders compute in fp32, so each layer would keep a copy of its weights
+)
+STREAMED = (
+    "Model and text encoder are not loaded whole, and this host streams the rest through memory that learning still "
+    "needs. Use smaller ones (fp8 weights, another text encoder), leave --novram out, or start ComfyUI with "
+    "--disable-async-offload."
+)
 
 
 def needs_thaw(tensor: torch.Tensor) -> bool:
@@ -45,6 +54,60 @@ def thaw(patcher) -> None:
                     module._buffers[name] = tensor.clone()
 
 
+@contextlib.contextmanager
+def static(patcher):
+    """A plain ModelPatcher on the module of a dynamic one, from which the module's own weights are kept safe; any
+    other patcher is given as it is.
+
+    The host's delegate (get_non_dynamic_delegate) has a second module, read from the file again, so that nothing done
+    to the first would count. Layers lose their place in the dynamic memory, and get it back without its contents.
+    """
+    if not getattr(patcher, "is_dynamic", bool)():
+        yield patcher
+        return
+    management, model = comfy.model_management, patcher.model
+    with torch.inference_mode():  # outside of it the host would put back copies
+        for loaded in [patcher, *(x.model for x in management.current_loaded_models if patcher.is_clone(x.model))]:
+            loaded.detach()
+    plain = patcher.clone(disable_dynamic=True, model_override=patcher.get_clone_model_override())
+    patched = model.current_weight_patches_uuid
+    kept = [(m, dict(m._parameters), dict(m._buffers), m.__dict__.pop("_v", None)) for m in model.modules()]
+    try:
+        yield plain
+    finally:
+        management.current_loaded_models[:] = [x for x in management.current_loaded_models if x.model is not plain]
+        plain.unpatch_model()
+        plain.detach(unpatch_all=False)
+        for module, parameters, buffers, place in kept:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+            if place is not None:
+                module._v, module._v_signature = place, None
+        model.current_weight_patches_uuid = patched
+        management.soft_empty_cache()
+
+
+def _copied(patcher, device: torch.device | None) -> None:
+    """Gives a module ordinary copies of its weights, on ``device`` or where they are, in the types they are meant to
+    have there (archive_model_dtypes)."""
+
+    def copy(module, name, tensor):
+        if tensor.is_meta:  # missing in the file; the host fills these late
+            tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # quantised ones stay as they are
+        dtype = getattr(module, f"{name}_comfy_model_dtype", None) if plain else None
+        return tensor.clone().to(device=device, dtype=dtype)
+
+    with torch.inference_mode(False), torch.no_grad():
+        for module in patcher.model.modules():
+            for name, tensor in list(module._parameters.items()):
+                if tensor is not None:
+                    module._parameters[name] = torch.nn.Parameter(copy(module, name, tensor), requires_grad=False)
+            for name, tensor in list(module._buffers.items()):
+                if tensor is not None:
+                    module._buffers[name] = copy(module, name, tensor)
+
+
 def ordinary(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that autograd accepts."""
     with torch.inference_mode(False):
@@ -71,6 +134,10 @@ def safe_residuals(*modules: torch.nn.Module):
             handle.remove()
 
 
+def _as_given(copy: torch.Tensor) -> bool:
+    return not copy.requires_grad and copy._version == 0
+
+
 def _recomputed(block):
     """A block's forward under checkpointing: frozen options and inputs of its own, so that a recompute sees what it
     saw, and within whatever ``AROUND`` asks for, because what was on the block for one call is gone by then."""
@@ -83,17 +150,23 @@ def _recomputed(block):
         names = [k for k, v in kwargs.items() if torch.is_tensor(v)]
         runs = []
 
-        def inner(*tensors):
-            tensors = [t.clone() if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors]
+        def inner(*originals):
+            tensors = [t.clone() if torch.is_tensor(t) and t.is_floating_point() else t for t in originals]
             given = dict(zip(names, tensors[len(args) :], strict=True))
             fresh = {k: dict(v) for k, v in options.items()}
             with contextlib.ExitStack() as stack:
                 for around in fresh.get("transformer_options", {}).get(AROUND, ()) if runs else ():
                     stack.enter_context(around(block))
                 runs.append(True)
-                return forward(*tensors[: len(args)], **{**kwargs, **fresh, **given})
+                out = forward(*tensors[: len(args)], **{**kwargs, **fresh, **given})
+            if not isinstance(out, tuple):
+                return out
+            # T5 hands its bias from block to block: the one there is, or each block would keep a copy
+            same = {id(a): b for a, b in zip(tensors, originals, strict=True) if a is not b and _as_given(a)}
+            return tuple(same.get(id(part), part) for part in out)
 
-        return checkpoint(inner, *args, *(kwargs[k] for k in names), use_reentrant=False)
+        given = (*args, *(kwargs[k] for k in names))
+        return checkpoint(inner, *given, use_reentrant=False, preserve_rng_state=False)  # no dropout in eval
 
     return run
 
@@ -122,19 +195,28 @@ def checkpointed(*modules: torch.nn.Module):
 def training(*patchers, checkpointing: bool = False, memory: float = 0):
     """Autograd for the body of a node: ``with training(model, clip.patcher): ...``.
 
-    Loads the patchers, makes their weights usable for autograd, and freezes them. ``memory``: bytes of activations to
-    leave room for. Hooks, flags and the host's ``in_training`` are put back on the way out, also after an interrupt
-    (a BaseException in newer hosts).
+    Loads the patchers whole where the device holds them, makes their weights usable for autograd, and freezes them.
+    ``memory``: bytes of activations to leave room for. Hooks, flags, dynamic patchers and the host's ``in_training``
+    are put back on the way out, also after an interrupt (a BaseException in newer hosts).
+    Raises: RuntimeError when weights would have to be streamed in through memory that the backward pass needs.
     """
     management = comfy.model_management
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for patcher in patchers:
-            thaw(patcher)  # before any move: an inference tensor that was moved is lost
-        management.load_models_gpu(list(patchers), memory_required=memory)
+        fits = _fits(patchers)
+        plain = [stack.enter_context(static(patcher)) for patcher in patchers]
+        _make_room(plain, memory)
+        for patcher, given in zip(plain, patchers, strict=True):
+            if patcher is given:
+                thaw(patcher)  # before any move: an inference tensor that was moved is lost
+            else:
+                _copied(patcher, patcher.load_device if fits else None)
+        management.load_models_gpu(plain, memory_required=memory, force_full_load=fits)
+        if any(p.model.model_lowvram and _reuses(p.load_device) for p in plain):
+            raise RuntimeError(STREAMED)
         modules = [patcher.model for patcher in patchers]
-        learned = [p for patcher in patchers for p in _frozen(patcher)]
+        learned = [p for patcher in plain for p in _frozen(patcher)]
         stack.callback(lambda: [p.requires_grad_(True) for p in learned])
         stack.enter_context(safe_residuals(*modules))
         if checkpointing:
@@ -143,6 +225,36 @@ def training(*patchers, checkpointing: bool = False, memory: float = 0):
             stack.callback(setattr, management, "in_training", management.in_training)
             management.in_training = True  # chooses rope and norm kernels that differentiate
         yield
+
+
+def _make_room(patchers, memory: float) -> None:
+    """Unloads other models while theirs can still be moved, which is in inference mode."""
+    management = comfy.model_management
+    ours = [x for x in management.current_loaded_models if any(p.is_clone(x.model) for p in patchers)]
+    for device in {p.load_device for p in patchers} - {torch.device("cpu")}:
+        missing = sum(p.model_size() - p.loaded_size() for p in patchers if p.load_device == device)
+        with torch.inference_mode():
+            needed = 1.1 * missing + memory + management.minimum_inference_memory()
+            management.free_memory(needed, device, keep_loaded=ours)
+
+
+def _fits(patchers) -> bool:
+    """Whether the devices can hold the weights whole. Raises: RuntimeError when they cannot and must."""
+    management, sizes = comfy.model_management, {}
+    for patcher in patchers:
+        if not management.is_device_cpu(patcher.load_device):
+            sizes[patcher.load_device] = sizes.get(patcher.load_device, 0) + patcher.model_size()
+    spare = management.minimum_inference_memory()
+    short = [d for d, size in sizes.items() if size + spare > management.get_total_memory(d)]
+    if any(_reuses(device) for device in short):
+        raise RuntimeError(STREAMED)
+    return not short
+
+
+def _reuses(device: torch.device) -> bool:
+    """Whether the host streams weights through one buffer (ops.py, cast_bias_weight)."""
+    management = comfy.model_management
+    return not management.is_device_cpu(device) and management.NUM_STREAMS > 0 and not management.args.cuda_malloc
 
 
 def _frozen(patcher) -> list[torch.nn.Parameter]:

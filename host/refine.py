@@ -27,7 +27,7 @@ from .feature_hooks import captured
 from .feature_places import preset
 from .features import extract, sigma_at, unscaled
 from .gradients import training
-from .learn import RunSettings, Session, memory_of
+from .learn import RunSettings, Session, memory_of, planned
 from .matching import covered
 from .positions import columns_of
 from .progress import Progress
@@ -267,16 +267,14 @@ def refine(session: RefineSession, checkpointing: str = "auto") -> Refined:
     When there is too little to compare, the result says why and holds the given concept.
     Raises: Diverged, the host's OOM with advice, the host's interrupt; what RefineSession and ``extract`` raise.
     """
-    s, management, device = session.settings, comfy.model_management, session.model.load_device
+    s, patchers = session.settings, (session.model, session.clip.patcher)
     progress = Progress(s.steps + 2)
     memory = memory_of(session.model, session.data, session.passes * max(1, session.last))
-    recompute = checkpointing == "on"
-    if checkpointing == "auto" and not management.is_device_cpu(device):
-        recompute = memory > 0.8 * management.get_free_memory(device)
+    recompute, memory = planned(checkpointing, memory, *patchers)
     try:
         session.find()
         progress.show(1)
-        with training(session.model, session.clip.patcher, checkpointing=recompute, memory=memory), session.attached():
+        with training(*patchers, checkpointing=recompute, memory=memory), session.attached():
             session.begin()
             for step in fit(session.parameters, session.step_loss, session.optimiser, s.steps):
                 progress.show(1 + step.number)
@@ -291,7 +289,7 @@ def refine(session: RefineSession, checkpointing: str = "auto") -> Refined:
             f"{error} Concept <{session.given.name}> is as it was; lower the learning rate, or leave out a part of the "
             "loss."
         ) from error
-    except management.OOM_EXCEPTION as error:
+    except comfy.model_management.OOM_EXCEPTION as error:
         raise type(error)(
             f"Out of memory while refining <{session.given.name}>: turn checkpointing on, use fewer references, or "
             "make the picture smaller. The concept is as it was."

@@ -139,7 +139,7 @@ def _wrapper(base: torch.Tensor, table: torch.Tensor, grid: Grid) -> Callable:
     """The APPLY_MODEL wrapper of one prompt: base [1, tokens, width], table [variants, tokens, width]."""
     tokens, placed = base.shape[1], {}
 
-    def on(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def on(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # the host moves a context behind the wrapper
         where = (like.device, like.dtype)
         if where not in placed:
             placed[where] = (base.to(like), table.to(like))
@@ -147,7 +147,7 @@ def _wrapper(base: torch.Tensor, table: torch.Tensor, grid: Grid) -> Callable:
 
     def put(context: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         context = context.clone()
-        context[rows, :tokens] = values.to(context)
+        context[rows, :tokens] = values
         return context
 
     def apply(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **more):
@@ -157,17 +157,20 @@ def _wrapper(base: torch.Tensor, table: torch.Tensor, grid: Grid) -> Callable:
             mine = (context[:, :tokens] == here).flatten(1).all(1).nonzero().flatten().cpu()
             if len(mine):
                 stages = grid.stages(noise_time(executor.class_obj.model_sampling, t))[mine]
-                rows = mine.to(context.device)
                 grid.fits(executor.class_obj)
                 if grid.needs_cross_attention:
+                    moved = {}
 
                     def pick(name, key, value):
-                        numbers = grid.index[stages, grid.layer(name)].to(variants.device)
-                        return put(key, rows, variants[numbers[:, 0]]), put(value, rows, variants[numbers[:, 1]])
+                        if key.device not in moved:
+                            moved[key.device] = (mine.to(key.device), grid.index[stages].to(key.device))
+                        (rows, numbers), layer = moved[key.device], grid.layer(name)
+                        keys, values = on(key)[1][numbers[:, layer, 0]], on(value)[1][numbers[:, layer, 1]]
+                        return put(key, rows, keys), put(value, rows, values)
 
                     options = with_contexts(options, pick)
                 else:
-                    context = put(context, rows, variants[grid.index[stages, 0, 0].to(variants.device)])
+                    context = put(context, mine.to(here.device), variants[grid.index[stages, 0, 0].to(here.device)])
         return executor(x, t, c_concat, context, control, options, **more)
 
     return apply

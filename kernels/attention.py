@@ -125,4 +125,5 @@ def attention_loss(q, k, reference, heads: int, columns, of_reference, kind: str
     if kind not in LOSSES:
         raise ValueError(f"Unknown attention loss {kind!r}; known: {', '.join(LOSSES)}.")
     q, k, reference = (split_heads(x, heads) for x in (q, k, reference))
-    return checkpoint(_difference, q, k, reference, columns, of_reference, kind, use_reentrant=False)
+    given = (q, k, reference, columns, of_reference, kind)
+    return checkpoint(_difference, *given, use_reentrant=False, preserve_rng_state=False)

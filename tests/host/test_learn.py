@@ -282,3 +282,27 @@ def test_running_out_of_memory_says_what_to_lower_and_keeps_the_concept(toy, mug
     kept = read_concept(fresh.saved)
     assert kept.info["steps"] == 3 and kept.state["losses"].tolist() == fresh.losses[:3]
     assert same(learn(toy, mug_set, earlier=kept, steps=1).concept.tensors, fresh.concept.tensors)
+
+
+def test_room_counts_what_is_still_to_be_loaded(toy, monkeypatch):
+    """Checkpointing is chosen by what is free once model and text encoders are there."""
+    import comfy.model_management as management
+
+    from concepts.host.features import ROWS, _rows_per_pass
+    from concepts.host.learn import RECOMPUTED, planned, room
+
+    model, clip = toy[0], toy[1].patcher
+    for patcher, loaded in ((model, 10), (clip, 0)):
+        monkeypatch.setattr(patcher, "loaded_size", lambda loaded=loaded: loaded)
+    missing = model.model_size() - 10 + clip.model_size()
+    monkeypatch.setattr(management, "get_free_memory", lambda device: missing + 1000)
+    assert room(model, clip) == 1000
+    assert planned("on", 900, model, clip) == (True, 900 * RECOMPUTED) and planned("off", 900, model) == (False, 900)
+    assert planned("auto", 900, model, clip) == (False, 900), "a CPU swaps"
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
+    assert planned("auto", 900, model, clip) == (True, 900 * RECOMPUTED)
+    assert planned("auto", 700, model, clip) == (False, 700)
+    for rows in (ROWS, 3):
+        free = model.model_size() - 10 + 1.26 * model.memory_required([rows, 4, 16, 16])
+        monkeypatch.setattr(management, "get_free_memory", lambda device, free=free: free)
+        assert _rows_per_pass(model, (1, 4, 16, 16)) == rows

@@ -155,6 +155,33 @@ def test_gradients_are_those_of_differences(host, parts):
     assert torch.allclose(*slopes, rtol=1e-4, atol=1e-7)
 
 
+def test_recomputed_blocks_give_the_same_gradient(made, few):
+    """Where text and picture attend together too: the maps come out of blocks that are computed once more."""
+    from concepts.host.gradients import training
+
+    found = []
+    for checkpointing in (False, True):
+        one = session(made)
+        with torch.inference_mode():
+            one.find()
+            with training(made.model, made.clip.patcher, checkpointing=checkpointing):
+                one.begin()
+                rows = {k: v.requires_grad_(True) for k, v in one.parameters.items()}
+                loss = one.step_loss(rows, 0, 0)
+                loss.backward()
+                found.append((float(loss.detach()), torch.cat([v.grad.flatten() for v in rows.values()])))
+    (plain, slope), (again, recomputed) = found
+    assert again == pytest.approx(plain, rel=1e-6) and slope.norm() > 0
+    assert torch.allclose(recomputed, slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
+
+
+def test_checkpointing_refines_to_the_same(made, few):
+    plain, recomputed = refine(made), refine(made, checkpointing="on")
+    for key, value in plain.concept.tensors.items():
+        # a first step of Adam is the sign of the gradient, which is chance where that is nearly zero
+        assert float((value - recomputed.concept.tensors[key]).abs().gt(1e-4).float().mean()) < 0.05
+
+
 def test_rows_per_stage_layer_and_role(host):
     made = tiny("sd15")
     what = concept(made, stages=2, layers=2, roles=2)
