@@ -15,46 +15,52 @@ import torch
 from . import toy
 from .runner import RESULTS, machine, noisy, ratio, reference
 
-PAIRS, GOAL, STEPS, SIDE, TEXT, WIDTH, ROWS = 5, 1.10, 4, 64, 256, 384, 1024
+PAIRS, GOAL, STEPS, SIDE, TEXT, WIDTH, ROWS, POOLED = 5, 1.10, 4, 64, 256, 384, 1024, 64
 PIECES = (1, 3)
 SIDES = {"no negative": 1.0, "with a negative": 3.0}
 
 
-def model():
-    """MODEL with seeded weights."""
+def fill(network: torch.nn.Module, draw: torch.Generator) -> None:
+    """Gives every parameter a value: matrices drawn by their inputs, scales 1, biases 0."""
+    for name, value in network.named_parameters():
+        if value.dim() > 1:
+            drawn = torch.randn(value.shape, generator=draw, device=draw.device, dtype=value.dtype)
+            value.data.copy_(drawn / value[0].numel() ** 0.5)
+        else:
+            value.data.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def model(changes: dict | None = None, dtype: torch.dtype = torch.float32, device="cpu"):
+    """MODEL with seeded weights. ``changes``: of its configuration."""
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
 
-    given = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 64}
+    given = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": POOLED}
     given |= {"context_in_dim": ROWS, "hidden_size": WIDTH, "mlp_ratio": 4.0, "num_heads": 3, "depth": 19}
     given |= {"depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True}
-    config = comfy.supported_models.Flux({**given, "guidance_embed": True, "txt_ids_dims": []})
-    config.set_inference_dtype(torch.float32, None)
-    cpu, draw = torch.device("cpu"), torch.Generator().manual_seed(0)
-    made = comfy.model_base.Flux(config, device=cpu)
-    for name, value in made.diffusion_model.named_parameters():
-        if value.dim() > 1:
-            value.data.copy_(torch.randn(value.shape, generator=draw) / value[0].numel() ** 0.5)
-        else:
-            value.data.fill_(0.0 if name.endswith("bias") else 1.0)
-    return comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu)
+    config = comfy.supported_models.Flux({**given, "guidance_embed": True, "txt_ids_dims": [], **(changes or {})})
+    config.set_inference_dtype(dtype, None)
+    device = torch.device(device)
+    made = comfy.model_base.Flux(config, device=device)
+    fill(made.diffusion_model, torch.Generator(device).manual_seed(0))
+    return comfy.model_patcher.ModelPatcher(made, load_device=device, offload_device=device)
 
 
-def conditionings(patcher) -> dict:
-    """Name -> conditioning: one plain text, and the same with words."""
+def conditionings(patcher, rows: int = ROWS, width: int = WIDTH, pooled: int = POOLED) -> dict:
+    """Name -> conditioning: one plain text, and the same with words; ``rows``, ``width``, ``pooled``: their lengths."""
     from concepts.host import modulation
 
     draw = torch.Generator().manual_seed(1)
-    text = torch.randn(1, TEXT, ROWS, generator=draw)
-    plain = [text, {"pooled_output": torch.randn(1, 64, generator=draw)}]
+    text = torch.randn(1, TEXT, rows, generator=draw)
+    plain = [text, {"pooled_output": torch.randn(1, pooled, generator=draw)}]
     blocks = modulation.chosen_blocks(patcher.model.diffusion_model, "all")
     found = {"plain": [plain]}
     for pieces in PIECES:
         places = [
             modulation.Place(
                 tuple(range(8 * word + 2, 8 * word + 2 + pieces)),
-                0.1 * torch.randn(pieces, len(blocks), WIDTH, generator=draw),
+                0.1 * torch.randn(pieces, len(blocks), width, generator=draw),
                 blocks,
                 "words",
             )
@@ -65,24 +71,16 @@ def conditionings(patcher) -> dict:
 
 
 @torch.inference_mode()
-def seconds(patcher, positive, negative, cfg: float) -> float:
-    """Of one stock sampling."""
+def seconds(
+    patcher, positive, negative, cfg: float, shape=(16, SIDE, SIDE), steps: int = STEPS, how=("euler", "simple")
+) -> float:
+    """Of one stock sampling of a latent of ``shape``; ``how``: sampler and scheduler."""
     import comfy.sample
 
-    noise = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(2))
     begun = time.perf_counter()
     comfy.sample.sample(
-        patcher,
-        noise,
-        STEPS,
-        cfg,
-        "euler",
-        "simple",
-        positive,
-        negative,
-        torch.zeros_like(noise),
-        seed=0,
-        disable_pbar=True,
+        patcher, noise, steps, cfg, *how, positive, negative, torch.zeros_like(noise), seed=0, disable_pbar=True
     )
     return time.perf_counter() - begun
 
@@ -93,7 +91,7 @@ def main(options, rest) -> int:
     with torch.inference_mode():
         patcher = model()
         found = conditionings(patcher)
-        negative = [[torch.randn(1, TEXT, ROWS), {"pooled_output": torch.randn(1, 64)}]]
+        negative = [[torch.randn(1, TEXT, ROWS), {"pooled_output": torch.randn(1, POOLED)}]]
     plain, table = found.pop("plain"), {}
     for side, cfg in SIDES.items():
         seconds(patcher, plain, negative, cfg)
