@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -11,7 +12,7 @@ from demo import judge as judging
 from demo import measure, world
 
 from . import toy
-from .runner import RESULTS, machine
+from .runner import RESULTS, device, machine
 
 PROMPTS = 12
 
@@ -90,7 +91,7 @@ def rows_of(case: str, methods: Iterable[str], names: list[str], rest: list[str]
     for name, seed, method in [w for w in wanted if w not in done]:
         begun = time.monotonic()
         row = {"concept": name, "seed": seed, "method": method, **measured(loaded, eyes, name, seed, method)}
-        rows.append({**row, "seconds": time.monotonic() - begun})
+        rows.append({**row, "device": device(), "seconds": time.monotonic() - begun})
         with file.open("a") as kept:
             kept.write(json.dumps(rows[-1]) + "\n")
         values = " ".join(f"{k} {np.mean(v):.3f}" for k, v in row.items() if isinstance(v, list) and k != "loss")
@@ -110,6 +111,7 @@ def table(rows: list[dict], methods: Iterable[str], keys: Iterable[str], base: s
             continue
         who = [r["concept"] for r in mine]
         found[method] = {"runs": len(mine), "seconds": float(np.median([r["seconds"] for r in mine]))}
+        found[method]["devices"] = dict(Counter(r["device"] for r in mine))
         for key in [k for k in keys if k in mine[0]]:
             values = [np.mean(r[key]) for r in mine]
             found[method][key] = measure.bootstrap(values, who)
@@ -124,5 +126,5 @@ def report(case: str, found: dict, **facts) -> None:
     for method, row in found.items():
         spans = [f"{k} {v[0]:.3f} ({v[1]:.3f}..{v[2]:.3f})" for k, v in row.items() if isinstance(v, tuple)]
         print(f"{method:20s} {row['runs']:3d} runs  {'  '.join(spans)}  {row['seconds']:.0f} s")
-    whole = {**facts, "table": found, "machine": machine()}
+    whole = {**facts, "table": found, "reported on": machine()}
     (RESULTS / f"{case}.json").write_text(json.dumps(whole, indent=1) + "\n")

@@ -50,6 +50,12 @@ def side(case: str, which: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def device() -> str:
+    """Name of the GPU, else of the processor."""
+    facts = machine()
+    return facts["cpu"] if facts["gpu"] == "none" else facts["gpu"]
+
+
 def machine() -> dict:
     """What the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

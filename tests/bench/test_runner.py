@@ -47,6 +47,7 @@ def row(method, concept, fidelity, following, seed=0):
         "method": method,
         "fidelity": [fidelity],
         "following": [following],
+        "device": "CPU",
         "seconds": 1.0,
     }
 
