@@ -1,0 +1,100 @@
+"""Weights whole and ordinary on the device that learns, and the host's patchers as they were afterwards.
+
+DynamicVRAM (ModelPatcherDynamic) computes with casts made in inference mode, in memory that it takes back at will; a
+backward pass needs weights that stay.
+"""
+
+import contextlib
+
+import comfy.model_management
+import torch
+
+STREAMED = (
+    "Model and text encoder are not loaded whole, and this host streams the rest through memory that learning still "
+    "needs. Use smaller ones (fp8 weights, another text encoder), leave --novram out, or start ComfyUI with "
+    "--disable-async-offload."
+)
+
+
+@contextlib.contextmanager
+def static(patcher):
+    """A plain ModelPatcher on the module of a dynamic one, from which the module's own weights are kept safe; any
+    other patcher is given as it is.
+
+    The host's delegate (get_non_dynamic_delegate) has a second module, read from the file again, so that nothing done
+    to the first would count. Layers lose their place in the dynamic memory, and get it back without its contents.
+    """
+    if not getattr(patcher, "is_dynamic", bool)():
+        yield patcher
+        return
+    management, model = comfy.model_management, patcher.model
+    with torch.inference_mode():  # outside of it the host would put back copies
+        for loaded in [patcher, *(x.model for x in management.current_loaded_models if patcher.is_clone(x.model))]:
+            loaded.detach()
+    plain = patcher.clone(disable_dynamic=True, model_override=patcher.get_clone_model_override())
+    patched = model.current_weight_patches_uuid
+    kept = [(m, dict(m._parameters), dict(m._buffers), m.__dict__.pop("_v", None)) for m in model.modules()]
+    try:
+        yield plain
+    finally:
+        management.current_loaded_models[:] = [x for x in management.current_loaded_models if x.model is not plain]
+        plain.unpatch_model()
+        plain.detach(unpatch_all=False)
+        for module, parameters, buffers, place in kept:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+            if place is not None:
+                module._v, module._v_signature = place, None
+        model.current_weight_patches_uuid = patched
+        management.soft_empty_cache()
+
+
+def copied(patcher, device: torch.device | None) -> None:
+    """Gives a module ordinary copies of its weights, on ``device`` or where they are, in the types they are meant to
+    have there (archive_model_dtypes)."""
+
+    def copy(module, name, tensor):
+        if tensor.is_meta:  # missing in the file; the host fills these late
+            tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # quantised ones stay as they are
+        dtype = getattr(module, f"{name}_comfy_model_dtype", None) if plain else None
+        return tensor.clone().to(device=device, dtype=dtype)
+
+    with torch.inference_mode(False), torch.no_grad():
+        for module in patcher.model.modules():
+            for name, tensor in list(module._parameters.items()):
+                if tensor is not None:
+                    module._parameters[name] = torch.nn.Parameter(copy(module, name, tensor), requires_grad=False)
+            for name, tensor in list(module._buffers.items()):
+                if tensor is not None:
+                    module._buffers[name] = copy(module, name, tensor)
+
+
+def make_room(patchers, memory: float) -> None:
+    """Unloads other models while theirs can still be moved, which is in inference mode."""
+    management = comfy.model_management
+    ours = [x for x in management.current_loaded_models if any(p.is_clone(x.model) for p in patchers)]
+    for device in {p.load_device for p in patchers} - {torch.device("cpu")}:
+        missing = sum(p.model_size() - p.loaded_size() for p in patchers if p.load_device == device)
+        with torch.inference_mode():
+            needed = 1.1 * missing + memory + management.minimum_inference_memory()
+            management.free_memory(needed, device, keep_loaded=ours)
+
+
+def fits(patchers) -> bool:
+    """Whether the devices can hold the weights whole. Raises: RuntimeError when they cannot and must."""
+    management, sizes = comfy.model_management, {}
+    for patcher in patchers:
+        if not management.is_device_cpu(patcher.load_device):
+            sizes[patcher.load_device] = sizes.get(patcher.load_device, 0) + patcher.model_size()
+    spare = management.minimum_inference_memory()
+    short = [d for d, size in sizes.items() if size + spare > management.get_total_memory(d)]
+    if any(reuses(device) for device in short):
+        raise RuntimeError(STREAMED)
+    return not short
+
+
+def reuses(device: torch.device) -> bool:
+    """Whether the host streams weights through one buffer (ops.py, cast_bias_weight)."""
+    management = comfy.model_management
+    return not management.is_device_cpu(device) and management.NUM_STREAMS > 0 and not management.args.cuda_malloc
