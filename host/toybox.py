@@ -130,7 +130,7 @@ def read(path: Path) -> tuple[dict, ToyLatent]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"The toy world's weights are missing: {path}. Reinstall the pack, or run nox -s train."
+            f"The toy world's weights are missing: {path}. Reinstall the pack, or see nox -s train."
         )
     state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     facts = json.loads(metadata["toybox"])

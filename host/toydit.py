@@ -98,10 +98,8 @@ def stored(path: Path | None) -> torch.Tensor:
 def load(path: Path = FILE):
     """Reads the transformer, and what it shares with the toy world's checkpoint.
 
-    Returns: (MODEL, CLIP, VAE) for the stock nodes. Raises: FileNotFoundError saying how to make the file.
+    Returns: (MODEL, CLIP, VAE) for the stock nodes. Raises: FileNotFoundError.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"The toy transformer is not trained yet: {path} is missing. Run nox -s train -- dit.")
     state, latent = toybox.read(path)
     _, base, vae = toybox.load()
     model, clip = build_model(latent), build_clip(folder_paths.get_folder_paths("embeddings"))

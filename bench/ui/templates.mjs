@@ -34,7 +34,7 @@ async function layOut(api, note) {
       const least = node.computeSize()
       const text = node.widgets?.some(w => w.type === 'customtext')
       const picture = ['PreviewImage', 'SaveImage'].includes(node.type)
-      node.setSize([Math.max(least[0], text ? 330 : 250), Math.max(least[1], text ? 110 : 0, picture ? 210 : 0)])
+      node.setSize([Math.max(least[0], text ? 330 : 250), Math.max(least[1], text ? 110 : 0, picture ? 270 : 0)])
       return node.size
     }
     const rows = graph.nodes.filter(n => n.type === 'SaveImage').map(save => {
@@ -51,7 +51,7 @@ async function layOut(api, note) {
       for (const node of here.sort((a, b) => types.indexOf(a.type) - types.indexOf(b.type))) {
         const [w, h] = size(node)
         node.pos = [x, y]
-        y += h + 60
+        y += h + 60 + (node.type.startsWith('ConceptLearn') ? 204 : 0) // the live preview
         wide = Math.max(wide, w)
       }
       if (here.length) x += wide + 70
