@@ -115,6 +115,7 @@ def test_attention_is_counted_where_the_object_is():
     assert inside == pytest.approx(total) == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_matchers_must_agree(monkeypatch):
     monkeypatch.setattr(match_vs_kornia, "CHANNELS", 64)
     products = []

@@ -258,6 +258,7 @@ write_concept(Concept("other", "tokens", {{"clip_l": torch.ones(1, 1, 1, 4, 64)}
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     path = tmp_path / "a.safetensors"

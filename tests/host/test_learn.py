@@ -127,6 +127,7 @@ def test_interrupts_keep_the_concept_and_the_host(toy, mug_set, monkeypatch):
     assert same(again.concept.tensors, fresh.concept.tensors) and same(rest.concept.tensors, fresh.concept.tensors)
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_loss(toy, mug_set):
     done = learn(toy, mug_set, steps=60, batch=4, learning_rate=0.02)
     assert done.after < done.before

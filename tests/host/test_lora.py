@@ -233,6 +233,7 @@ def fitted(concept: Concept, width: int) -> Concept:
     return replace(concept, tensors={k: v[..., :width].contiguous() for k, v in concept.tensors.items()})
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_loss_and_the_sampler_sees_it(toy, mug_set):
     """What Apply Concept gives denoises as the session did, and strength 0 samples bit for bit as before."""
     from concepts.host import lora

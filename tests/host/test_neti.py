@@ -165,6 +165,7 @@ def test_nested_dropout_is_for_learning_only(toy, mug_set):
         assert seen[0] != seen[1]
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_loss(toy, mug_set):
     done = learn(*toy[:2], mug_set, steps=20, batch=4)
     assert done.after < done.before

@@ -56,10 +56,11 @@ def test_training_pictures_hold_one_or_two_objects():
 def test_missing_weights_say_how_to_get_them(host, tmp_path):
     from concepts.host import toydit
 
-    with pytest.raises(FileNotFoundError, match="nox -s train -- dit"):
+    with pytest.raises(FileNotFoundError, match="Reinstall the pack"):
         toydit.load(tmp_path / "none.safetensors")
 
 
+@pytest.mark.slow
 def test_the_packed_one_draws_what_words_say(toy):
     """12 prompts through the node, sampled as its help page says."""
     import nodes
