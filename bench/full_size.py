@@ -94,8 +94,8 @@ def peak() -> int:
 
 
 def gpu() -> dict:
+    """What ``machine`` does not say of it; memory in MB."""
     return {
-        "gpu": torch.cuda.get_device_name(DEVICE),
         "gpu_memory": megabytes(torch.cuda.mem_get_info()[1]),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),

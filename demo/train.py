@@ -5,7 +5,8 @@ text encoder together), ``pack``, ``polish`` (the packed denoiser alone, on new 
 objects). ``dit`` and ``polish-dit`` (train_dit.py) train a diffusion transformer on the packed autoencoder; ``all``
 leaves them out. Working files go to ``--work``; ``pack``, ``polish`` and both of these write the bf16 files that the
 repository carries. On two cores of an AMD EPYC about four hours: VAE 50 minutes, decoder 12, denoiser 100 (0.43 s a
-step on an otherwise idle machine), polish 50; the transformer 72 without bf16 units (0.96 s a step).
+step on an otherwise idle machine), polish 50. The transformer wants a GPU: ``dit --gpu``, then ``polish-dit --gpu
+--dit-steps 1600 --dit-pictures 12000``.
 """
 
 import argparse
@@ -196,10 +197,9 @@ def train_decoder(work: Path, steps: int) -> None:
 
 def encode(vae, batch: torch.Tensor) -> torch.Tensor:
     """Posterior means of uint8 pictures, fp32."""
+    x = to_input(batch.to(vae.quant_conv.weight.device))
     with half():
-        return (
-            vae.quant_conv(vae.encoder(to_input(batch.to(vae.quant_conv.weight.device)))).float().chunk(2, 1)[0].cpu()
-        )
+        return vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)[0].cpu()
 
 
 def caption_ids(scenes: list[world.Scene], tokenizer, work: Path, per_scene: int = 4) -> torch.Tensor:
@@ -468,7 +468,7 @@ def main() -> None:
     parser.add_argument("--decoder-steps", type=int, default=1600)
     parser.add_argument("--unet-steps", type=int, default=14000)
     parser.add_argument("--polish-steps", type=int, nargs="*", default=[4000, 2500], help="of every round")
-    parser.add_argument("--dit-steps", type=int, default=12000)
+    parser.add_argument("--dit-steps", type=int, default=4000)
     parser.add_argument("--dit-pictures", type=int, default=32000)
     parser.add_argument("--dit-batch", type=int, default=128)
     parser.add_argument("--gpu", action="store_true", help="for dit and polish-dit")

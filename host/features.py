@@ -11,7 +11,8 @@ from .attention import Layer
 from .denoise import Denoiser, sigmas_at
 from .feature_hooks import captured
 from .feature_places import ATTENTION, Want, checked, preset
-from .learn import fingerprint, room
+from .learn import fingerprint
+from .loading import room
 from .positions import columns_of
 from .progress import Progress
 from .show import prompted, tap_of
@@ -76,7 +77,7 @@ def extract(
                 found |= dict(zip(mine, mean_map(tap.take()).split(1, 1), strict=True))
             pictures = part[:, 0].unique()
             for name, value in found.items():
-                # added up on the device: for a large model, moving every member of an ensemble costs more than its pass
+                # added up on the device, so that not every member of an ensemble has to leave it
                 sums = torch.stack([value[part[:, 0] == p].float().sum(0) for p in pictures]) / count
                 whole = maps.setdefault(name, torch.zeros(len(latents), *value.shape[1:]))
                 whole.index_add_(0, pictures, sums.cpu())

@@ -21,11 +21,13 @@ from . import folders
 from .concept_set import ConceptSet
 from .denoise import Denoiser, sigmas_at
 from .gradients import ordinary, training
+from .loading import room
 from .progress import Progress
 
 ACTIVATIONS = 40
-"""What a training step keeps for its backward pass, over the host's estimate of what a sampling step needs. Measured at
-1024 px, bf16: SDXL 22 (LoRA) and 31 (tokens), Flux 20 (LoRA) and about 40 (tokens, through T5-XXL)."""
+"""What a training step keeps for its backward pass, over the host's estimate of what a sampling step needs.
+
+By ``bench full_size``: SDXL 22 (LoRA), 31 (tokens) and 44 (refinement), Flux 20 (LoRA) and above 38 (tokens)."""
 RECOMPUTED = 0.1
 """Part of it that remains when blocks are recomputed; measured: 0.06 to 0.08."""
 
@@ -232,13 +234,6 @@ def memory_of(model, data: ConceptSet, batch: int) -> float:
     largest = max((latent.shape for latent in data.latents), key=lambda s: s[-1] * s[-2])
     # the module's own estimate: a patcher under DynamicVRAM adds 1 GiB to it
     return ACTIVATIONS * model.model.memory_required(input_shape=[batch, *largest])
-
-
-def room(*patchers) -> float:
-    """Bytes that are free on the first one's device once all of these are loaded."""
-    device = patchers[0].load_device
-    missing = sum(p.model_size() - p.loaded_size() for p in patchers if p.load_device == device)
-    return comfy.model_management.get_free_memory(device) - missing
 
 
 def planned(checkpointing: str, memory: float, *patchers) -> tuple[bool, float]:

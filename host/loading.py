@@ -70,14 +70,24 @@ def copied(patcher, device: torch.device | None) -> None:
                     module._buffers[name] = copy(module, name, tensor)
 
 
+def missing(patchers, device: torch.device) -> float:
+    """Bytes that are still to be loaded on a device."""
+    return sum(p.model_size() - p.loaded_size() for p in patchers if p.load_device == device)
+
+
+def room(*patchers) -> float:
+    """Bytes that are free on the first one's device once all of these are loaded."""
+    device = patchers[0].load_device
+    return comfy.model_management.get_free_memory(device) - missing(patchers, device)
+
+
 def make_room(patchers, memory: float) -> None:
     """Unloads other models while theirs can still be moved, which is in inference mode."""
     management = comfy.model_management
     ours = [x for x in management.current_loaded_models if any(p.is_clone(x.model) for p in patchers)]
     for device in {p.load_device for p in patchers} - {torch.device("cpu")}:
-        missing = sum(p.model_size() - p.loaded_size() for p in patchers if p.load_device == device)
         with torch.inference_mode():
-            needed = 1.1 * missing + memory + management.minimum_inference_memory()
+            needed = 1.1 * missing(patchers, device) + memory + management.minimum_inference_memory()
             management.free_memory(needed, device, keep_loaded=ours)
 
 
