@@ -86,6 +86,10 @@ def _foreign(content: Mapping, path: Path) -> Concept:
     }
     known = {k: v for k, v in rows.items() if k in WIDTHS.values()}
     if not known:
+        if any(k.endswith((".lora_down.weight", ".lora_A.weight")) for k in map(str, found)):
+            raise CarrierFileError(
+                f"{path} is a LoRA of another program and bundles no token rows; use it with the stock LoRA loader."
+            )
         if len(rows) != 1:
             listed = ", ".join(f"{str(k)[:40]}" for k in list(found)[:6]) or "nothing"
             raise CarrierFileError(f"{path} is not a Textual Inversion file: it holds {listed}.")

@@ -5,6 +5,8 @@ from pathlib import Path
 import folder_paths
 
 KIND, DICTIONARIES = "concepts", "dictionaries"
+KINDS = (KIND, "embeddings", "loras")
+"""The host's folders that hold concepts."""
 EXAMPLES = Path(__file__).resolve().parent.parent / "demo"
 
 
@@ -18,16 +20,16 @@ def register() -> None:
 
 
 def saved() -> list[str]:
-    """Names of every concept and embedding file, as a loader lists them."""
-    return [f"{kind}/{name}" for kind in (KIND, "embeddings") for name in folder_paths.get_filename_list(kind)]
+    """Names of every file that may hold a concept, as a loader lists them."""
+    return [f"{kind}/{name}" for kind in KINDS for name in folder_paths.get_filename_list(kind)]
 
 
 def find(name: str) -> Path:
     """File of a listed name. Raises: FileNotFoundError naming the folders searched."""
     kind, _, inner = name.partition("/")
-    path = folder_paths.get_full_path(kind, inner) if kind in (KIND, "embeddings") else None
+    path = folder_paths.get_full_path(kind, inner) if kind in KINDS else None
     if path is None:
-        folders = ", ".join(folder_paths.get_folder_paths(KIND) + folder_paths.get_folder_paths("embeddings"))
+        folders = ", ".join(place for known in KINDS for place in folder_paths.get_folder_paths(known))
         raise FileNotFoundError(f"There is no concept file {name!r}; looked in {folders}.")
     return Path(path)
 

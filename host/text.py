@@ -258,17 +258,24 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached
         for number, own in enumerate(rows)
     }
     marked = with_rows(clip, marks).tokenize(fill(text, names)) if any(b for b, _ in bypasses) else {}
-    grid, encoded, known = Grid.of(shown), [], {}
+    grid, encoded, known, used = Grid.of(shown), [], {}, clip
+
+    def alike(cells):  # the bypass comes behind the encoder
+        return tuple(cell[:2] if bypass else cell for cell, (bypass, _) in zip(cells, bypasses, strict=True))
+
+    for stage in grid.index.flatten(1).tolist():
+        tokens = {}
+        for cells in (grid.cells[number] for number in stage):
+            if alike(cells) not in tokens:
+                table = {
+                    f"concept-{number}": {key: variant(value, cell) for key, value in rows[number].items()}
+                    for number, cell in enumerate(cells)
+                }
+                used = with_rows(clip, table) if table else clip
+                tokens[alike(cells)] = used.tokenize(fill(text, names))
+        known |= zip(tokens, encoded_together(clip, list(tokens.values())), strict=True)
     for cells in grid.cells:
-        alike = tuple(cell[:2] if bypass else cell for cell, (bypass, _) in zip(cells, bypasses, strict=True))
-        if alike not in known:  # the bypass comes behind the encoder
-            table = {
-                f"concept-{number}": {key: variant(value, cell) for key, value in rows[number].items()}
-                for number, cell in enumerate(cells)
-            }
-            used = with_rows(clip, table) if table else clip
-            known[alike] = used.encode_from_tokens_scheduled(used.tokenize(fill(text, names)))
-        entries = known[alike]
+        entries = known[alike(cells)]
         for number, ((stage, layer, role), (bypass, strength)) in enumerate(zip(cells, bypasses, strict=True)):
             if bypass and role:
                 found = places(encoders(clip), marked, 1e6 + number)
@@ -279,6 +286,19 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached
     if not marked_words:
         return done
     return modulated(clip, done, marked_words, text, lambda t: used.tokenize(fill(t, names)), cached)
+
+
+def encoded_together(clip, many: list[dict]) -> list[list]:
+    """The host's CONDITIONING of each of several token dicts, which differ in learned rows alone.
+
+    More than one, as only a UNet's prompt has, go through the encoder in one pass, as chunks of one long text; their
+    pooled vector is then the first one's (comfy/sd1_clip.py ClipTokenWeightEncoder).
+    """
+    if len(many) == 1 or len({len(chunks) for chunks in many[0].values()}) > 1:  # the host cuts to the shortest
+        return [clip.encode_from_tokens_scheduled(tokens) for tokens in many]
+    joined = {slot: [chunk for tokens in many for chunk in tokens[slot]] for slot in many[0]}
+    entries = [(cond.unflatten(1, (len(many), -1)), extra) for cond, extra in clip.encode_from_tokens_scheduled(joined)]
+    return [[[conds[:, number], extra] for conds, extra in entries] for number in range(len(many))]
 
 
 def modulated(clip, entries: list, marked: list[words.Word], text: str, tokenize, cached: bool) -> list:

@@ -89,13 +89,15 @@ class LoadCarrier(io.ComfyNode):
             node_id="ConceptLoadCarrier",
             display_name="Load Concept",
             category="concepts/files",
-            description="Reads a concept saved by this pack, or a Textual Inversion file of A1111, diffusers or kohya.",
+            description="Reads a concept saved by this pack, or a Textual Inversion file of A1111, diffusers or kohya, "
+            "or the rows that a LoRA bundles.",
             search_aliases=["load embedding", "textual inversion loader"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=folders.saved(),
-                    tooltip="Files in output/concepts, models/concepts and models/embeddings.",
+                    tooltip="Files in output/concepts, models/concepts, models/embeddings and models/loras. A LoRA of "
+                    "another program gives the token rows that it bundles.",
                 ),
                 io.String.Input("name", default="", tooltip="Another <name> for prompts. Empty: the name in the file."),
             ],

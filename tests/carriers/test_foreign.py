@@ -87,6 +87,7 @@ def test_a_lora_with_a_bundled_embedding(tmp_path):
     [
         ({"x": torch.zeros(1, 77)}, "width 77"),
         ({"a.lora_up": torch.zeros(4, 4), "a.lora_down": torch.zeros(4, 4)}, "not a Textual Inversion file"),
+        ({f"lora_unet_x.lora_{part}.weight": torch.zeros(4, 4) for part in ("down", "up")}, "stock LoRA loader"),
         ({"model.weight": torch.zeros(2, 2, 2)}, "not a Textual Inversion file"),
         ({"clip_l": torch.full((1, 768), float("inf"))}, "not finite"),
     ],

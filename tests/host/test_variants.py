@@ -254,3 +254,16 @@ def test_variants_are_encoded_in_one_pass(family):
         for context, one in zip(contexts, rows, strict=True):
             torch.testing.assert_close(context[None], prompts.encode(0, one)[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(entry[1]["pooled_output"], prompts.encode(0, rows[0])[1]["pooled_output"])
+
+
+def test_a_prompt_is_encoded_once_per_stage(unet, monkeypatch):
+    """With the pooled vector of each stage's first layer."""
+    whole, passes = concept(unet, stages=3, layers=9, roles=2), []
+    pooled = [prompt(unet, "a (photo:1.2) of <mug>", part(whole, s))[0][1]["pooled_output"] for s in range(3)]
+    encode = unet.clip.cond_stage_model.encode_token_weights
+    monkeypatch.setattr(
+        unet.clip.cond_stage_model, "encode_token_weights", lambda tokens: passes.append(tokens) or encode(tokens)
+    )
+    found = prompt(unet, "a (photo:1.2) of <mug>", whole)[0][1]["pooled_output"]
+    assert len(passes) == 3
+    torch.testing.assert_close(found, torch.stack(pooled).mean(0), rtol=1e-4, atol=1e-5)

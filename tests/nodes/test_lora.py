@@ -76,10 +76,11 @@ def test_learned_saved_and_loaded_by_the_stock_loader(client, server):
     assert (stock == ours).all()
     warned = [line for line in server.log[begun:].splitlines() if "not loaded" in line.lower()]
     assert all("bundle_emb" in line for line in warned), "the host reports its own convention and nothing else"
-    made["22"] = {
-        "class_type": "ConceptApplyCarrier",
-        "inputs": {"model": ["1", 0], "concept": ["20", 0], "strength": 0.0},
-    }
+    made["23"] = {"class_type": "ConceptLoadCarrier", "inputs": {"file": "loras/served.safetensors", "name": ""}}
+    apply = {"model": ["1", 0], "concept": ["23", 0], "strength": 1.0}
+    made["22"] = {"class_type": "ConceptApplyCarrier", "inputs": apply}
+    assert (drawn(client, made)[1] == ours).all()
+    made["22"]["inputs"] = {**apply, "strength": 0.0}
     assert (drawn(client, made)[1] != ours).any()
 
 
