@@ -5,7 +5,7 @@ learned from it: both nouns, and "background". Then each word stands alone in ne
 and pattern, or its ground (carried), how often something of the picture's other words comes along (leaked), and whether
 what the prompt names is there (following). Mixtures take nouns and ground from two and from three pictures. A fifth row
 draws the same prompts with plain words. Every finished run is kept in results/words.jsonl.
-``nox -s bench -- words [SEEDS] [PICTURE ...]``
+``nox -s bench -- words [SEEDS] [PICTURE ...]``; ``words dictionary`` writes the pack's example of a dictionary.
 """
 
 import functools
@@ -30,6 +30,7 @@ METHODS = {
     "SAE": {"keep": 0},
 }
 LOOKS, GROUND = ("colour", "pattern"), "background"
+EXAMPLE = toy.PACK / "demo" / "dictionaries" / "toy-t5-words.safetensors"
 DICTIONARY = {"expansion": 4, "k": 8, "steps": 1500, "batch": 512, "learning_rate": 1e-3}
 
 
@@ -168,6 +169,12 @@ def measured(_, eyes, name: str, seed: int, method: str) -> dict:
 
 
 def main(options, rest) -> int:
+    if rest == ["dictionary"]:
+        toy.host()
+        from concepts.carriers.dictionary import write_dictionary
+
+        write_dictionary(dictionary(), EXAMPLE)
+        return 0
     keys = ("carried", "leaked", "following", "two", "three")
     rows = arms.rows_of("words", METHODS, [str(n) for n in range(COUNT)], rest, measured)
     arms.report("words", arms.table(rows, METHODS, keys, "dense", keys), settings=SETTINGS, dictionary=DICTIONARY)

@@ -37,18 +37,25 @@ def _piece(q: torch.Tensor, k: torch.Tensor) -> int:
     return max(1, most // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
 
 
+def fused(q, k, v, columns):
+    """Output and maps, as ``attend``, of split heads: columns are values too, so torch's fused product gives both.
+
+    Differentiable; the maps lead gradients to the queries, too.
+    """
+    both = torch.cat([v, columns.to(v)[:, None].expand(*v.shape[:2], -1, -1)], -1)
+    width = -(-max(q.shape[-1], both.shape[-1]) // 8) * 8  # heads of one width, which fast kernels want aligned
+    given = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, both))
+    found = F.scaled_dot_product_attention(*given, scale=q.shape[-1] ** -0.5)
+    out, maps, _ = found.split([v.shape[-1], columns.shape[-1], width - both.shape[-1]], -1)
+    return out.contiguous(), _wide(maps).mean(1)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, columns, follow):
         ctx.save_for_backward(q, k, v, columns)
         ctx.follow = follow
-        # columns are values too, so torch's fused product gives both; it wants heads of one width
-        both = torch.cat([v, columns.to(v)[:, None].expand(*v.shape[:2], -1, -1)], -1)
-        width = max(q.shape[-1], both.shape[-1])
-        given = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, both))
-        found = F.scaled_dot_product_attention(*given, scale=q.shape[-1] ** -0.5)
-        out, maps, _ = found.split([v.shape[-1], columns.shape[-1], width - both.shape[-1]], -1)
-        return out.contiguous(), _wide(maps).mean(1)
+        return fused(q, k, v, columns)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -78,7 +85,10 @@ def attend(q, k, v, heads: int, columns: torch.Tensor, follow_queries: bool = Fa
     queries with ``follow_queries``. Returns: output [b, n, heads * d]; maps [b, n, c], mean over heads.
     """
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
-    out, maps = _Attend.apply(q, k, v, columns, follow_queries)
+    if follow_queries and q.device.type == "cuda":  # whose fused backward is fast, and keeps no maps either
+        out, maps = fused(q, k, v, columns)
+    else:
+        out, maps = _Attend.apply(q, k, v, columns, follow_queries)
     return out.transpose(1, 2).flatten(2), maps
 
 

@@ -93,7 +93,7 @@ class TrainDictionary(io.ComfyNode):
                     default="fp32",
                     advanced=True,
                     tooltip="bf16: latents are preselected in bf16, values stay fp32. Faster where the hardware "
-                    "knows bf16.",
+                    "knows bf16, slower elsewhere.",
                 ),
                 io.Int.Input(
                     "save_every",

@@ -46,6 +46,8 @@ def test_gradients_of_the_columns(case, follow):
     weights = drawn(2, 6, 3, seed=4)
     if follow:
         assert torch.autograd.gradcheck(lambda *x: attention.attend(*x, 2, columns, True), (q, k, v))
+        heads = [attention.split_heads(x, 2) for x in (q, k, v)]
+        assert torch.autograd.gradcheck(lambda *x: attention.fused(*x, columns), heads)  # what CUDA takes
         return
     out, maps = attention.attend(q, k, v, 2, columns)
     found = torch.autograd.grad(out.square().sum() + (maps * weights).sum(), (q, k, v))
