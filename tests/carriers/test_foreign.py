@@ -119,6 +119,7 @@ def test_code_in_a_pickle_is_never_run(zipped, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_a_zip_bomb_is_refused(tmp_path):
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

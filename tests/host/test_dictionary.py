@@ -99,6 +99,7 @@ def test_a_corpus_draws_choices_and_holds_lines_back():
     assert len(set(many)) > 1800 and not any(c in text for text in many for c in "{|}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["TopK", "BatchTopK", "Matryoshka by k", "Matryoshka by prefix"])
 def test_every_kind_learns_saves_and_explains_more(toy, kind):
     before = {k: v.clone() for k, v in toy[1].cond_stage_model.state_dict().items()}
@@ -136,6 +137,7 @@ def test_what_is_reported_is_what_a_plain_pass_finds(toy, words):
     assert words.info["measured_tokens"] == len(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["TopK", "Matryoshka by prefix"])
 def test_continuing_equals_one_run_bit_for_bit(toy, kind):
     same = {"kind": kind, "dead_after": 4}

@@ -55,6 +55,7 @@ def test_the_first_step_starts_at_the_class_word(toy, mug_set, mapper):
     assert torch.equal(rows, encoders(toy[1])[0].rows("mug").mean(0).expand_as(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -89,6 +90,7 @@ def test_one_stage_and_no_split_is_textual_inversion(toy, mug_set):
     assert not found.terms
 
 
+@pytest.mark.slow
 def test_the_attention_loss_is_reported_and_pulls(toy, mug_set):
     from concepts.host.report import learned_text
 
@@ -107,6 +109,7 @@ def test_at_the_class_word_the_attention_loss_is_zero(toy, mug_set):
     assert done.terms["attention"][0] < 1e-9
 
 
+@pytest.mark.slow
 def test_checkpointing_and_the_host_stay_as_they_were(toy, mug_set):
     before, picture = weights(toy), sampled(toy)
     plain = learn(toy, mug_set, mapper="free", attention_weight=0.1)

@@ -59,6 +59,7 @@ def sampled(toy) -> torch.Tensor:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -85,17 +86,20 @@ def test_continued_equals_one_run(toy, mug_set, changes, tmp_path):
     assert whole.concept.info["steps"] == rest.concept.info["steps"] == 5
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything(toy, mug_set):
     a, b, c = (learn(toy, mug_set, seed=s).concept for s in (3, 3, 4))
     assert same(a.tensors, b.tensors) and not same(a.tensors, c.tensors)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_nothing(toy, mug_set):
     plain, recomputed = learn(toy, mug_set), learn(toy, mug_set, checkpointing="on")
     for key, value in plain.concept.tensors.items():
         torch.testing.assert_close(value, recomputed.concept.tensors[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_interrupts_keep_the_concept_and_the_host(toy, mug_set, monkeypatch):
     """At ten random steps: the file holds the steps done, the model is what it was, the next run equals a fresh one."""
     import comfy.model_management as management
@@ -178,6 +182,7 @@ def test_continuing_another_shape_is_refused(toy, mug_set):
         learn(toy, mug_set, earlier=earlier, geometry="fixed norm")
 
 
+@pytest.mark.slow
 def test_what_is_learned_is_what_the_prompt_uses(toy, mug_set):
     """Rows per layer and stage: the loss of learning equals the one through the stock path of Concept Prompt."""
     from concepts.host.denoise import Denoiser
@@ -221,6 +226,7 @@ def test_layers_are_refused_without_cross_attention(mug_set, family):
         TokenSession(made.model, made.clip, mug_set, settings(layers="each"))
 
 
+@pytest.mark.slow
 def test_fixed_norm_keeps_the_norm(toy, mug_set):
     done = learn(toy, mug_set, steps=6, geometry="fixed norm", learning_rate=0.05)
     start = learn(toy, mug_set, steps=1, geometry="fixed norm", learning_rate=1e-7)
@@ -229,6 +235,7 @@ def test_fixed_norm_keeps_the_norm(toy, mug_set):
         assert not torch.allclose(value, start.concept.tensors[key], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_masked_loss_counts_the_masked_area_only(toy, mug_set):
     whole, masked = learn(toy, mug_set), learn(toy, mug_set, masked_loss=True)
     assert whole.before != masked.before
@@ -264,6 +271,7 @@ def test_memory_stays_flat_over_200_cycles(toy, mug_set):
     assert resident() <= 1.03 * start
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_says_what_to_lower_and_keeps_the_concept(toy, mug_set, monkeypatch):
     import comfy.model_management as management
 

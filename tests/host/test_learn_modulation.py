@@ -122,6 +122,7 @@ def test_a_prompt_sees_what_learning_saw(made, coded):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_first_stage_has_one_direction_and_the_second_adds_to_it(flux):
     first = learn(flux, steps=2, shared_steps=2).concept
     assert all(len(v) == 1 for v in cached_of(first.tensors, first.info).values())
@@ -133,6 +134,7 @@ def test_the_first_stage_has_one_direction_and_the_second_adds_to_it(flux):
     assert all((len(v), v.shape[2]) == (3, 64) for v in cached_of(double.tensors, double.info).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, cast", [("bfloat16", None), ("float8_e4m3fn", torch.float32)])
 def test_base_weights_of_other_types_stay_and_words_learn(toy, dtype, cast):
     made = tiny("flux", dtype=getattr(torch, dtype), cast=cast)
@@ -167,6 +169,7 @@ def test_times_follow_the_stage(flux):
     assert other.times(100, 0, torch.Generator()).min() >= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"isolation": 1.0}, {"accumulate": 2, "batch": 2}], ids=str)
 def test_continued_equals_one_run(made, changes, tmp_path):
     others = pictures(3, seed=5)
@@ -182,6 +185,7 @@ def test_continued_equals_one_run(made, changes, tmp_path):
     assert whole.losses == rest.losses
 
 
+@pytest.mark.slow
 def test_a_coded_concept_continues_and_survives_its_file(flux, tmp_path):
     codes = codes_of(flux, keep=4)
     given = {"codes": codes, "captions": "a [hat] on a [coat]", "shared_steps": 2}
@@ -223,12 +227,14 @@ def test_codes_that_do_not_fit_are_refused(flux, monkeypatch):
         learn(flux, codes=codes_of(flux), captions="a [hat] on a [coat]")
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_nothing(made):
     plain, recomputed = (learn(made, batch=2, checkpointing=c).concept for c in ("off", "on"))
     for key, value in plain.tensors.items():
         torch.testing.assert_close(value, recomputed.tensors[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_the_concept_and_the_host(flux, monkeypatch):
     import comfy.model_management as management
 
@@ -252,6 +258,7 @@ def test_an_interrupt_keeps_the_concept_and_the_host(flux, monkeypatch):
     assert same(rest.concept.tensors, learn(flux, steps=9, seed=11).concept.tensors)
 
 
+@pytest.mark.slow
 def test_isolation_holds_the_other_half(flux):
     """Its term is reported, is zero without directions, and falls when it weighs a lot."""
     others = pictures(2, seed=5)

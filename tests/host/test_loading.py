@@ -84,6 +84,7 @@ def weights(made):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("fits", [True, False], ids=["whole", "streamed"])
 def test_a_dynamic_patcher_learns_on_copies(dynamic, monkeypatch, fits, checkpointing):
@@ -115,6 +116,7 @@ def test_a_dynamic_patcher_learns_on_copies(dynamic, monkeypatch, fits, checkpoi
         management.load_models_gpu([made.model, made.clip.patcher])  # and the host can use it again
 
 
+@pytest.mark.slow
 def test_a_dynamic_patcher_learns_with_its_lora(dynamic):
     from concepts.host import lora
     from concepts.host.gradients import training

@@ -194,6 +194,7 @@ def rows(name="mug", n=1, seed=0, shape=(1, 1, 1), **info) -> Concept:
     return Concept(name, "tokens", {"clip_l": torch.randn(*shape, n, 128, generator=g) * 0.1}, info)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -265,6 +266,7 @@ def test_learning_lowers_the_loss_and_the_sampler_sees_it(toy, mug_set):
     assert torch.equal(sampled(toy), picture) and same(weights(toy), before)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_model_and_concept(toy, mug_set, monkeypatch):
     import comfy.model_management as management
 
@@ -291,6 +293,7 @@ def test_an_interrupt_leaves_model_and_concept(toy, mug_set, monkeypatch):
     assert same(rest.concept.tensors, fresh.concept.tensors)
 
 
+@pytest.mark.slow
 def test_class_pictures_are_drawn_by_the_model_and_held_on_to(toy, mug_set, monkeypatch):
     """The same seed draws the same pictures; the prior term sees them with the class words and without a mask."""
     from concepts.host import class_pictures
@@ -349,6 +352,7 @@ def test_captions_say_token_and_residual():
             captions(data, settings(**changes), tokens, residuals)
 
 
+@pytest.mark.slow
 def test_frozen_rows_are_those_of_the_stock_path(toy, mug_set):
     """Target and residual in the session's captions equal the same rows in Concept Prompt; the result bundles them."""
     from concepts.host.gradients import training
@@ -380,6 +384,7 @@ def test_frozen_rows_are_those_of_the_stock_path(toy, mug_set):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_rows_per_layer_and_stage_are_learned_against(toy, mug_set, tmp_path):
     from concepts.host.text import as_tokens
     from concepts.host.variants import layers_of
@@ -397,6 +402,7 @@ def test_rows_per_layer_and_stage_are_learned_against(toy, mug_set, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(toy, mug_set):
     from concepts.host import lora
     from concepts.host.learn_lora import LoraSession

@@ -108,6 +108,7 @@ def _encoders(made):
     return encoders(made.clip)
 
 
+@pytest.mark.slow
 def test_continued_equals_one_run(toy, mug_set, tmp_path):
     whole = learn(*toy[:2], mug_set, steps=5, accumulate=2)
     first = learn(*toy[:2], mug_set, steps=3, accumulate=2)

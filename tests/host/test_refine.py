@@ -250,6 +250,7 @@ def test_a_mask_restricts_the_reference(host):
         assert bool(((y >= 2) & (y < 6) & (x >= 1) & (x < 5)).all())
 
 
+@pytest.mark.slow
 def test_options_change_what_they_say(host):
     made = tiny("sd15")
     base = refine(made)

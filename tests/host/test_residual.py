@@ -108,6 +108,7 @@ def family(request):
     return (made.model, made.clip), made.latent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", [0, 2, 3], ids=lambda n: f"{n} odd")
 def test_losses_equal_one_pass_per_anchor(family, odd):
     """Values and gradients; all pictures of one size, some anchors of another, or all of them."""
@@ -200,6 +201,7 @@ def test_the_sum_is_the_mean_times_the_anchors(toy, mug_set):
     assert found[1] == pytest.approx(3 * found[0], rel=1e-5) and found[2] == pytest.approx(2 * found[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"accumulate": 2, "null_bank": 2}, {"batch": 2}, {"residual_vectors": 0}], ids=str)
 def test_continued_equals_one_run(toy, mug_set, changes, tmp_path):
     whole, all_of_it = learn(toy, mug_set, steps=3, **changes)

@@ -216,6 +216,7 @@ class Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "smooth", "equal"])
 def test_memory_is_linear_in_the_cells(products, monkeypatch, kind):
     monkeypatch.setattr(near, "BLOCK", 1 << 16)

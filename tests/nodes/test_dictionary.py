@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 API = Path(__file__).resolve().parents[2] / "workflows" / "api"
 
@@ -53,6 +54,7 @@ def test_files_outside_the_list_are_refused(client):
         assert result["status"] == "invalid" and "load" in result["error"]["node_errors"]
 
 
+@pytest.mark.slow
 def test_pruned_by_gradient_and_steered(client):
     """The gradient wants pictures; steering by 0 draws the stock picture, by much another one."""
     made = trained(graph("13"))

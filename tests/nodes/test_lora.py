@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 API = Path(__file__).resolve().parents[2] / "workflows" / "api"
 PLAIN = {
@@ -61,6 +62,7 @@ def drawn(client, made: dict) -> tuple[dict, np.ndarray]:
     return result["outputs"], np.asarray(client.image(result["outputs"][key]["images"][0])).astype(int)
 
 
+@pytest.mark.slow
 def test_learned_saved_and_loaded_by_the_stock_loader(client, server):
     made = graph()
     outputs, ours = drawn(client, made)

@@ -1,6 +1,9 @@
 """Learn Residual Tokens in a real server: the lists it gives walk through the stock nodes, one picture per residual."""
 
+import pytest
 
+
+@pytest.mark.slow
 def test_every_residual_is_drawn(client):
     made = {
         "toy": {"class_type": "ConceptLoadToyWorld", "inputs": {}},

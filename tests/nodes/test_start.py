@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACK = Path(__file__).resolve().parents[2]
 CODE = """
 import asyncio, importlib.util, sys, time, warnings
@@ -25,11 +27,13 @@ async def schemas():
     return [node.GET_SCHEMA() for node in await (await module.comfy_entrypoint()).get_node_list()]
 
 import pathlib
+import pytest
 assert len(asyncio.run(schemas())) == len(list(pathlib.Path(pack, "web/docs").glob("*.md")))
 print(time.perf_counter() - begun)
 """
 
 
+@pytest.mark.slow
 def test_it_adds_less_than_150_ms_to_the_start(comfyui):
     def seconds():
         done = subprocess.run([sys.executable, "-c", CODE, str(comfyui), str(PACK)], capture_output=True, text=True)

@@ -61,6 +61,7 @@ def test_learn_and_use(client, server):
     assert json.loads(parse(file.read_bytes(), file)[1]["prompt"]).keys() == made.keys()
 
 
+@pytest.mark.slow
 def test_use_a_saved_concept(client):
     made = graph("2_")
     result = run(client, made)
@@ -69,6 +70,7 @@ def test_use_a_saved_concept(client):
     assert (a != b).any()
 
 
+@pytest.mark.slow
 def test_a_saved_file_is_a_stock_embedding(client):
     """The same picture from Concept Prompt and from stock nodes with embedding:name."""
     made = learning("stocked")
@@ -123,6 +125,7 @@ def test_cancel_keeps_the_concept_and_the_next_run_is_fresh(client, server, exac
     assert not exact or all((fresh.tensors[k] == v).all() for k, v in partial.tensors.items())
 
 
+@pytest.mark.slow
 def test_continue_from_a_loaded_concept(client, server):
     run(client, learning("onward"))
     made = learning("onward", continue_from=["20", 0], save_every=1)
@@ -132,12 +135,14 @@ def test_continue_from_a_loaded_concept(client, server):
     assert read_concept(server.folder("output") / saved).info["steps"] == 12
 
 
+@pytest.mark.slow
 def test_the_stock_loss_graph_takes_the_losses(client):
     made = learning("graphed")
     made["21"] = {"class_type": "LossGraphNode", "inputs": {"loss": ["4", 2], "filename_prefix": "loss"}}
     assert run(client, made)["outputs"]["21"]["images"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_", "8_", "9_", "15_", "16_"])
 def test_every_learner_learns_saves_and_draws(client, server, which):
     """The graphs of the other learners with fewer steps, from pictures to scenes."""
@@ -161,6 +166,7 @@ def test_every_learner_learns_saves_and_draws(client, server, which):
         assert len(result["outputs"][keys(made, "SaveImage")[-1]]["images"]) == 5, "a picture per residual"
 
 
+@pytest.mark.slow
 def test_a_concept_is_refined_for_one_picture(client, exact):
     """The picture made inside is the KSampler's, and the same prompt and seed give another one afterwards."""
     made = graph("12_")
@@ -189,6 +195,7 @@ def test_a_concept_that_cannot_be_refined_says_why(client):
     assert result["status"] == "error" and "was not refined" in result["error"]["exception_message"]
 
 
+@pytest.mark.slow
 def test_train_a_dictionary(client, server):
     made = graph("13_")
     (learner,), (words,) = keys(made, "ConceptTrainDictionary"), keys(made, "ConceptEncodeWords")
