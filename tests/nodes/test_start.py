@@ -27,7 +27,6 @@ async def schemas():
     return [node.GET_SCHEMA() for node in await (await module.comfy_entrypoint()).get_node_list()]
 
 import pathlib
-import pytest
 assert len(asyncio.run(schemas())) == len(list(pathlib.Path(pack, "web/docs").glob("*.md")))
 print(time.perf_counter() - begun)
 """
