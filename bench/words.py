@@ -175,7 +175,8 @@ def main(options, rest) -> int:
 
         write_dictionary(dictionary(), EXAMPLE)
         return 0
-    keys = ("carried", "leaked", "following", "two", "three")
+    keys, nouns = ("carried", "by nouns", "by ground", "leaked", "following", "two", "three"), 2 * 2 * DRAWN
     rows = arms.rows_of("words", METHODS, [str(n) for n in range(COUNT)], rest, measured)
+    rows = [r | {"by nouns": r["carried"][:nouns], "by ground": r["carried"][nouns:]} for r in rows]
     arms.report("words", arms.table(rows, METHODS, keys, "dense", keys), settings=SETTINGS, dictionary=DICTIONARY)
     return 0
