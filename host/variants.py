@@ -159,14 +159,20 @@ def _wrapper(base: torch.Tensor, table: torch.Tensor, grid: Grid) -> Callable:
                 stages = grid.stages(noise_time(executor.class_obj.model_sampling, t))[mine]
                 grid.fits(executor.class_obj)
                 if grid.needs_cross_attention:
-                    moved = {}
+                    moved, chosen = {}, {}
+
+                    def choice(context, layer, role):
+                        if (layer, role) not in chosen or chosen[layer, role][0] is not context:
+                            if context.device not in moved:
+                                moved[context.device] = (mine.to(context.device), grid.index[stages].to(context.device))
+                            rows, numbers = moved[context.device]
+                            own = put(context, rows, on(context)[1][numbers[:, layer, role]])
+                            chosen[layer, role] = (context, own)  # layers that are alike share it
+                        return chosen[layer, role][1]
 
                     def pick(name, key, value):
-                        if key.device not in moved:
-                            moved[key.device] = (mine.to(key.device), grid.index[stages].to(key.device))
-                        (rows, numbers), layer = moved[key.device], grid.layer(name)
-                        keys, values = on(key)[1][numbers[:, layer, 0]], on(value)[1][numbers[:, layer, 1]]
-                        return put(key, rows, keys), put(value, rows, values)
+                        layer = grid.layer(name)
+                        return choice(key, layer, 0), choice(value, layer, 1)
 
                     options = with_contexts(options, pick)
                 else:

@@ -116,6 +116,19 @@ def test_the_negative_is_untouched_and_shares_the_call(unet):
         assert sum(torch.equal(v, negative[0][0][0]) for v in value) == 1
 
 
+def test_layers_that_are_alike_share_their_contexts(unet):
+    whole, places, kept, model = concept(unet, stages=2, roles=2), set(), [], unet.model.clone()
+
+    def note(n, key, value, options):
+        places.update((float(options["sigmas"][0]), role, x.data_ptr()) for role, x in enumerate((key, value)))
+        kept.append((key, value))
+        return n, key, value
+
+    model.set_model_attn2_patch(note)
+    sample(unet, prompt(unet, "a photo of <mug>", whole), model=model)
+    assert len(places) == 2 * len({sigma for sigma, *_ in places}) < 2 * len(kept)
+
+
 def test_equal_variants_draw_what_the_plain_concept_draws(unet):
     whole = concept(unet, stages=2, layers=9, roles=2, same=True)
     plain = sample(unet, prompt(unet, "a photo of <mug>", part(whole)))
