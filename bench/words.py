@@ -10,6 +10,7 @@ draws the same prompts with plain words. Every finished run is kept in results/w
 
 import functools
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -86,8 +87,6 @@ def learned(number: int, seed: int, method: str):
 
 def beside(settings):
     """Single objects as the pictures of the isolation loss, and the settings with their captions."""
-    from dataclasses import replace
-
     from concepts.host.concept_set import make_set
 
     rng = random.Random("beside")
@@ -173,7 +172,7 @@ def main(options, rest) -> int:
         toy.host()
         from concepts.carriers.dictionary import write_dictionary
 
-        write_dictionary(dictionary(), EXAMPLE)
+        write_dictionary(replace(dictionary(), state={}), EXAMPLE)
         return 0
     keys, nouns = ("carried", "by nouns", "by ground", "leaked", "following", "two", "three"), 2 * 2 * DRAWN
     rows = arms.rows_of("words", METHODS, [str(n) for n in range(COUNT)], rest, measured)
