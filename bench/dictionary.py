@@ -211,8 +211,8 @@ def speed_of_codes(repeats: int) -> dict:
         close(own[0].relu().sort(1).values, values.sort(1).values, "the codes")
         close(decode(values, indices, rows, offset), peer.decode(z), "the reconstructions")
         del exact, largest
-        ours = partial(top, x - offset, weight, bias, k)
-        found = turns({"peer": partial(peer.encode, x), "bf16": partial(ours, rough), "fp32": ours}, repeats)
+        chosen = partial(top, x - offset, weight, bias, k)
+        found = turns({"peer": partial(peer.encode, x), "bf16": partial(chosen, rough), "fp32": chosen}, repeats)
         decoded = {"peer": partial(peer.decode, z), "ours": partial(decode, values, indices, rows, offset)}
         return {"encode": found, "decode": turns(decoded, repeats)}
 

@@ -2,9 +2,10 @@
 
 Every picture shows two objects on a ground; captions name what they are and nothing of how they look. Three words are
 learned from it: both nouns, and "background". Then each word stands alone in new prompts: whether it brings its colour
-and pattern, or its ground (carried), how often something of the picture's other words comes along (leaked), and whether
-what the prompt names is there (following). Mixtures take nouns and ground from two and from three pictures. A fifth row
-draws the same prompts with plain words. Every finished run is kept in results/words.jsonl.
+and pattern, or its ground (carried; in the table also by nouns and by ground), how often something of the picture's
+other words comes along (leaked), and whether what the prompt names is there (following). Mixtures take nouns and ground
+from two and from three pictures. A fifth row draws the same prompts with plain words. Every finished run is kept in
+results/words.jsonl.
 ``nox -s bench -- words [SEEDS] [PICTURE ...]``; ``words dictionary`` writes the pack's example of a dictionary.
 """
 

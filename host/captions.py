@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .text import PLACEHOLDER, encoders, ready, variant, with_rows
+from .text import PLACEHOLDER, encoders, end_to_end, ready, variant, with_rows
 from .variants import Grid, with_contexts
 
 STRIDE = 1000
@@ -86,8 +86,7 @@ class Prompts:
         }
 
     def _encoded(self, many: list[dict]) -> list:
-        tokens = {slot: [chunk for one in many for chunk in one[slot]] for slot in many[0]}
-        cond, pooled, *extra = self.clip.cond_stage_model.encode_token_weights(tokens)
+        cond, pooled, *extra = self.clip.cond_stage_model.encode_token_weights(end_to_end(many))
         return [cond, {"pooled_output": pooled, **(extra[0] if extra else {})}]
 
     def conditions(

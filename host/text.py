@@ -288,6 +288,11 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached
     return modulated(clip, done, marked_words, text, lambda t: used.tokenize(fill(t, names)), cached)
 
 
+def end_to_end(many: list[dict]) -> dict:
+    """The chunks of several token dicts as those of one."""
+    return {slot: [chunk for tokens in many for chunk in tokens[slot]] for slot in many[0]}
+
+
 def encoded_together(clip, many: list[dict]) -> list[list]:
     """The host's CONDITIONING of each of several token dicts, which differ in learned rows alone.
 
@@ -296,8 +301,8 @@ def encoded_together(clip, many: list[dict]) -> list[list]:
     """
     if len(many) == 1 or len({len(chunks) for chunks in many[0].values()}) > 1:  # the host cuts to the shortest
         return [clip.encode_from_tokens_scheduled(tokens) for tokens in many]
-    joined = {slot: [chunk for tokens in many for chunk in tokens[slot]] for slot in many[0]}
-    entries = [(cond.unflatten(1, (len(many), -1)), extra) for cond, extra in clip.encode_from_tokens_scheduled(joined)]
+    found = clip.encode_from_tokens_scheduled(end_to_end(many))
+    entries = [(cond.unflatten(1, (len(many), -1)), extra) for cond, extra in found]
     return [[[conds[:, number], extra] for conds, extra in entries] for number in range(len(many))]
 
 

@@ -38,9 +38,9 @@ def _piece(q: torch.Tensor, k: torch.Tensor) -> int:
 
 
 def fused(q, k, v, columns):
-    """Output and maps, as ``attend``, of split heads: columns are values too, so torch's fused product gives both.
+    """Output [b, heads, n, d] and maps [b, n, c] of split heads q [b, heads, n, d], k and v [b, heads, m, d].
 
-    Differentiable; the maps lead gradients to the queries, too.
+    Columns [b or 1, m, c] are values too, so torch's fused product gives both, and maps lead gradients to the queries.
     """
     both = torch.cat([v, columns.to(v)[:, None].expand(*v.shape[:2], -1, -1)], -1)
     width = -(-max(q.shape[-1], both.shape[-1]) // 8) * 8  # heads of one width, which fast kernels want aligned
@@ -85,7 +85,7 @@ def attend(q, k, v, heads: int, columns: torch.Tensor, follow_queries: bool = Fa
     queries with ``follow_queries``. Returns: output [b, n, heads * d]; maps [b, n, c], mean over heads.
     """
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
-    if follow_queries and q.device.type == "cuda":  # whose fused backward is fast, and keeps no maps either
+    if follow_queries and q.device.type == "cuda":  # where torch's fused backward keeps no maps either
         out, maps = fused(q, k, v, columns)
     else:
         out, maps = _Attend.apply(q, k, v, columns, follow_queries)
