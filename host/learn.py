@@ -146,8 +146,12 @@ class Session:
         noise = torch.randn(clean.shape, generator=draw).to(d.device)
         sigma = sigmas_at(d.sampling, when).to(d.device)
         entries, change = (condition or self.condition)(parameters, pictures, captions, sigma)
-        denoised = d(d.noised(clean, noise, sigma), sigma, entries, change)
-        error = residual(d.space, sigma, denoised, clean, d.sigma_data)
+        return self.errors(pictures, sigma, d(d.noised(clean, noise, sigma), sigma, entries, change))
+
+    def errors(self, pictures: list[int], sigma: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:
+        """Mean diffusion loss of pictures of one size that the model denoised from ``sigma`` [b]."""
+        clean = torch.cat([self.clean[i] for i in pictures])
+        error = residual(self.denoiser.space, sigma, denoised, clean, self.denoiser.sigma_data)
         return masked_mse(error, self._mask(pictures, clean)).mean()
 
     def _mask(self, pictures: list[int], like: torch.Tensor) -> torch.Tensor | None:
@@ -222,10 +226,18 @@ def _brief(shapes: Mapping[str, tuple]) -> str:
 
 def fingerprint(model) -> str:
     """Short name of a base model: hash of its parameter names, shapes and a few values of each."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(model.model.diffusion_model.state_dict().items()):
+    digest, alike, first = hashlib.blake2b(digest_size=8), {}, {}
+    named = sorted(model.model.diffusion_model.state_dict().items())
+    for name, value in named:
+        plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+        alike.setdefault((value.device, value.dtype) if plain else name, []).append((name, value.flatten()[:8]))
+    for some in alike.values():  # one copy from the device for all, as each waits for what runs there
+        names, values = zip(*some, strict=True)
+        together = torch.cat(values) if len(values) > 1 else values[0]
+        first |= zip(names, together.float().cpu().split([len(v) for v in values]), strict=True)
+    for name, value in named:
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.flatten()[:8].float().cpu().numpy().tobytes())
+        digest.update(first[name].numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -263,29 +275,29 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
     patchers = (session.model, session.clip.patcher)
     recompute, memory = planned(checkpointing, memory, *patchers)
     file = folders.output("autosave") / f"{settings.name}-{short(settings)}.safetensors"
-    with training(*patchers, checkpointing=recompute, memory=memory), session.attached():
+    autograd = training(*patchers, checkpointing=recompute, memory=memory)
+    with _advice(settings), autograd, session.attached():
         session.begin()
         losses, previews, last = list(session.past), [session.preview()], session.state
         progress = Progress(settings.steps, session.model)
         before = session.fixed_loss()
         try:
-            with _advice(settings):
-                for step in fit(
-                    session.parameters,
-                    session.step_loss,
-                    session.optimiser,
-                    settings.steps,
-                    accumulate=settings.accumulate,
-                    state=session.state,
-                ):
-                    losses.append(step.loss)
-                    last, done = step.state, step.number - len(session.past)
-                    shown = bool(preview_every) and (done % preview_every == 0 or done == settings.steps)
-                    if shown:
-                        previews.append(session.preview())
-                    if save_every and done % save_every == 0:
-                        keep(session.concept(last, losses), file)
-                    progress.show(done, previews[-1] if shown else None)
+            for step in fit(
+                session.parameters,
+                session.step_loss,
+                session.optimiser,
+                settings.steps,
+                accumulate=settings.accumulate,
+                state=session.state,
+            ):
+                losses.append(step.loss)
+                last, done = step.state, step.number - len(session.past)
+                shown = bool(preview_every) and (done % preview_every == 0 or done == settings.steps)
+                if shown:
+                    previews.append(session.preview())
+                if save_every and done % save_every == 0:
+                    keep(session.concept(last, losses), file)
+                progress.show(done, previews[-1] if shown else None)
         except BaseException as error:  # newer hosts raise interrupts outside Exception
             if len(losses) > len(session.past):
                 lost = keep(session.concept(last, losses), file)

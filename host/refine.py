@@ -5,7 +5,9 @@ and keys of the last self-attention (PDM, arXiv 2405.18025), and in every layer'
 is taken on what was learned, at the rate it was learned with.
 """
 
+import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import comfy.model_management
 import torch
@@ -22,7 +24,7 @@ from . import lora
 from .attention import both
 from .captions import Prompts
 from .concept_set import ConceptSet
-from .denoise import noise_time
+from .denoise import noise_time, sigmas_at
 from .feature_hooks import captured
 from .feature_places import preset
 from .features import extract, sigma_at, unscaled
@@ -42,6 +44,21 @@ TEXTS = ("reference", "picture")
 
 class TooFew(ValueError):
     """There is too little to compare."""
+
+
+class Row(NamedTuple):
+    """One picture in a pass of the model."""
+
+    picture: int
+    text: int
+    """Number of its prompt (``TEXTS``)."""
+    x: torch.Tensor
+    """[1, c, h, w], as the model is given it."""
+    sigma: torch.Tensor
+    follows: bool
+    """Whether gradients go through it."""
+    read: bool = True
+    """Whether features and maps are read, or else the denoised picture."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +108,6 @@ class RefineSession(Session):
     unknown setting, and for a text that does not name the concept alone.
     """
 
-    passes = 2
-
     def __init__(self, model, clip, data: ConceptSet, settings: RefineSettings, concept: Concept):
         super().__init__(model, clip, data, settings)
         if concept.kind not in ("tokens", "delta"):
@@ -111,6 +126,7 @@ class RefineSession(Session):
                 raise ValueError(f"The text {text!r} must name <{concept.name}> and no other concept; write it so.")
         at = settings.timestep if settings.timestep >= 0 else None
         self.wants = preset(model, "PDM", [], timestep=at, noise=settings.noise)
+        self.passes = 2 * self.last + 1
         self.pairs: tuple[Pairs, ...] = ()
         self.grids: tuple[tuple[int, int], ...] = ()
         self.measured: list[dict[str, float]] = []
@@ -168,36 +184,70 @@ class RefineSession(Session):
         word = self.given.info.get("init_text")
         text, self.dift = f"a photo of a {word}" if word else "a photo", []
         wants = preset(self.model, "DIFT", [], ensemble=self.settings.ensemble)
-        for part in self._branches():
-            latents = torch.stack([self.data.latents[i] for i in part])
-            self.dift += extract(self.model, self.clip, latents, wants, text, seed=self.settings.seed).map("dift")
+        alike = len({latent.shape for latent in self.data.latents}) == 1
+        for part in [self.data.latents] if alike else [self.data.latents[:-1], self.data.latents[-1:]]:
+            found = extract(self.model, self.clip, torch.stack(part), wants, text, seed=self.settings.seed)
+            self.dift += found.map("dift")
 
     def _branches(self) -> tuple[list[int], list[int]]:
         return list(range(self.last)), [self.last]
 
-    def seen(self, parameters, text: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Queries and keys [c, h, w] and the word's maps [layers, h, w] of the pictures under a prompt (``TEXTS``)."""
-        d, s, pictures = self.denoiser, self.settings, self._branches()[text]
-        x = torch.cat([self.clean[i] for i in pictures])
-        sigma = sigma_at(d, self.wants[0].timestep).expand(len(x)).to(d.device)
-        if s.noise:
+    def shown(self, text: int) -> list[Row]:
+        """The pictures under a prompt (``TEXTS``) as their features are read."""
+        d, s = self.denoiser, self.settings
+        sigma = sigma_at(d, self.wants[0].timestep).to(d.device)
+
+        def fed(x):
+            if not s.noise:
+                return unscaled(d, x, sigma)
             noise = torch.randn(x.shape[1:], generator=generator(s.seed, 0, "features")).to(d.device)
-            x = d.noised(x, noise.expand_as(x), sigma)
-        else:
-            x = unscaled(d, x, sigma)
-        entries, change = self.condition(parameters, pictures, [text] * len(pictures), sigma)
-        columns, rows = self.columns[text], entries[0][0].shape[1]
-        if rows != columns.shape[1]:
-            raise CarrierMismatch(
-                f"The text encoder gave {rows} rows for {columns.shape[1]} tokens; connect the model's own CLIP."
-            )
-        tap = tap_of(self.model, columns, x)
+            return d.noised(x, noise[None], sigma)
+
+        return [Row(i, text, fed(self.clean[i]), sigma, bool(text or s.both_branches)) for i in self._branches()[text]]
+
+    def noised(self, draw: torch.Generator) -> list[Row]:
+        """The references as the diffusion loss sees them."""
+        d, s, references = self.denoiser, self.settings, self._branches()[0]
+        when = times(len(references), s.time_law, s.time_low, s.time_high, draw)
+        sigma = sigmas_at(d.sampling, when).to(d.device)
+        clean = [self.clean[i] for i in references]
+        noise = torch.randn(len(clean), *clean[0].shape[1:], generator=draw).to(d.device)
+        x = [d.noised(*parts) for parts in zip(clean, noise.split(1), sigma.split(1), strict=True)]
+        text = TEXTS.index(s.loss_text)
+        return [Row(i, text, *parts, True, False) for i, *parts in zip(references, x, sigma.split(1), strict=True)]
+
+    def passed(self, parameters, rows: list[Row]) -> list:
+        """Per row queries and keys [c, h, w] and the word's maps [layers, h, w]; of one that nothing is read from the
+        denoised picture. Rows of one size that follow gradients alike share a pass of the model."""
+        groups, found = {}, {}
+        for number, row in enumerate(rows):
+            groups.setdefault((row.x.shape, row.follows), []).append(number)
+        for (_, follows), numbers in groups.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and follows):
+                found |= zip(numbers, self._together(parameters, [rows[n] for n in numbers]), strict=True)
+        return [found[n] for n in range(len(rows))]
+
+    def _together(self, parameters, rows: list[Row]) -> list:
+        x, sigma = torch.cat([r.x for r in rows]), torch.cat([r.sigma for r in rows])
+        entries, change = self.condition(parameters, [r.picture for r in rows], [r.text for r in rows], sigma)
+        read = [n for n, row in enumerate(rows) if row.read]
+        if not read:
+            return list(self.denoiser(x, sigma, entries, change))
+        columns = [self.columns[r.text] if r.read else torch.zeros_like(self.columns[r.text]) for r in rows]
+        for own, (encoded, _) in zip(columns, entries, strict=True):
+            if own.shape[1] != encoded.shape[1]:
+                raise CarrierMismatch(
+                    f"The text encoder gave {encoded.shape[1]} rows for {own.shape[1]} tokens; connect the model's own "
+                    "CLIP."
+                )
+        length = math.lcm(*(own.shape[1] for own in columns))  # to which the host repeats shorter texts
+        tap = tap_of(self.model, torch.cat([own.repeat(1, length // own.shape[1], 1) for own in columns]), x)
         with captured(self.model, self.wants, x.shape[-2:], graph=True) as seen:
-            d(x, sigma, entries, both(change, tap))
-        looks = torch.cat([seen.found[w.name].float() for w in self.wants], 1)
-        maps = [m.float().mT.unflatten(-1, (layer.height, layer.width)) for layer, m in tap.take().items()]
+            denoised = self.denoiser(x, sigma, entries, both(change, tap))
+        looks = torch.cat([seen.found[w.name][read].float() for w in self.wants], 1)
+        maps = [m[read].float().mT.unflatten(-1, (layer.height, layer.width)) for layer, m in tap.take().items()]
         maps = torch.cat([F.interpolate(m, looks.shape[-2:], mode="bilinear") for m in maps], 1)
-        return list(zip(looks, maps, strict=True))
+        return [(looks[read.index(n)], maps[read.index(n)]) if n in read else denoised[n] for n in range(len(rows))]
 
     def match(self, maps: list[torch.Tensor]) -> None:
         """Finds the cells of each reference in the picture, on the grid of ``maps`` [layers, h, w].
@@ -230,10 +280,11 @@ class RefineSession(Session):
     def losses(self, parameters, pictures, captions, when, draw):
         """The three parts, weighted."""
         s, found = self.settings, {}
-        if s.self_attention or s.cross_attention:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and s.both_branches):
-                seen = self.seen(parameters, 0)
-            seen += self.seen(parameters, 1)
+        compared = self.shown(0) + self.shown(1) if s.self_attention or s.cross_attention else []
+        noised = self.noised(draw) if s.diffusion else []
+        out = self.passed(parameters, compared + noised)
+        seen, denoised = out[: len(compared)], out[len(compared) :]
+        if seen:
             if not self.pairs:
                 self.match([maps for _, maps in seen])
             weights = {"self attention": s.self_attention, "cross attention": s.cross_attention}
@@ -246,11 +297,11 @@ class RefineSession(Session):
                 ]
                 if weight:
                     found[name] = weight * torch.stack(apart).mean()
-        if s.diffusion:
-            references = self._branches()[0]
-            when = times(len(references), s.time_law, s.time_low, s.time_high, draw)
-            said = [TEXTS.index(s.loss_text)] * len(references)
-            found["diffusion"] = s.diffusion * self.diffusion(parameters, references, said, when, draw)
+        if noised:
+            error = self.errors(
+                [r.picture for r in noised], torch.cat([r.sigma for r in noised]), torch.stack(denoised)
+            )
+            found["diffusion"] = s.diffusion * error
         if not found:
             raise ValueError("All weights are 0, so there is nothing to follow; set one above 0.")
         self.measured.append({k: float(v.detach()) for k, v in found.items()})
@@ -269,7 +320,7 @@ def refine(session: RefineSession, checkpointing: str = "auto") -> Refined:
     """
     s, patchers = session.settings, (session.model, session.clip.patcher)
     progress = Progress(s.steps + 2)
-    memory = memory_of(session.model, session.data, session.passes * max(1, session.last))
+    memory = memory_of(session.model, session.data, session.passes)
     recompute, memory = planned(checkpointing, memory, *patchers)
     try:
         session.find()

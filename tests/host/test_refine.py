@@ -80,7 +80,7 @@ def test_features_are_those_of_extract(made):
         one.begin()
         for value in one.parameters.values():
             value.requires_grad_(True)
-        seen = [*one.seen(one.parameters, 0), *one.seen(one.parameters, 1)]
+        seen = one.passed(one.parameters, one.shown(0) + one.shown(1))
         assert all(part.requires_grad for pair in seen for part in pair)
     for (looks, maps), latent, text in zip(seen, one.data.latents, TEXTS, strict=True):
         found = extracted(made, latent, text, one.given, ["<mug>"])
@@ -100,7 +100,7 @@ def test_losses_and_pairs_are_the_papers(made, few):
             one.begin()
             with torch.no_grad():
                 found = one.losses(one.parameters, [0], [0], None, torch.Generator().manual_seed(0))
-                (looks, maps), (other, others) = *one.seen(one.parameters, 0), *one.seen(one.parameters, 1)
+                (looks, maps), (other, others) = one.passed(one.parameters, one.shown(0) + one.shown(1))
     dift = [F.interpolate(d[None], looks.shape[-2:], mode="bilinear")[0].flatten(1).double() for d in one.dift]
     cosine = F.normalize(dift[0], dim=0).T @ F.normalize(dift[1], dim=0)
     inside = [m.mean(0).flatten() > m.mean(0).max() / 2 for m in (maps, others)]
@@ -220,7 +220,7 @@ def test_a_lora_is_seen_as_the_host_applies_it(host):
     with torch.inference_mode(), training(made.model, made.clip.patcher), one.attached():
         one.begin()
         with torch.no_grad():
-            beside = one.seen(one.parameters, 1)[0][0]
+            beside = one.passed(one.parameters, one.shown(1))[0][0]
     patched = replace(made, model=lora.apply(made.model, what, 1.0))
     found = extracted(patched, one.data.latents[1], "a sks mug on grass, far away", concept(made), ["sks mug"])
     assert torch.allclose(beside, torch.cat([found.map("query")[0], found.map("key")[0]]), atol=1e-4)
