@@ -248,7 +248,6 @@ def learn_dictionary(
     began, corpus = time.monotonic(), Corpus(text, settings.seed)
     file = folders.dictionaries() / f"{settings.name}-{short(settings)}.safetensors"
     with torch.inference_mode(False), torch.enable_grad():
-        clip.load_model()
         session = DictionarySession(clip, corpus, settings, earlier, clip.patcher.load_device)
         losses, last = list(session.past), None
         progress = Progress(settings.steps)

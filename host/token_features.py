@@ -40,13 +40,13 @@ def read(clip, texts: list[str]) -> list[Spoken]:
     encoder = spoken_encoder(clip)
     tokens = [clip.tokenize(text) for text in texts]
     found: dict[int, Spoken] = {}
-    clip.load_model()
-    ready(clip)
 
     def shape(number: int) -> tuple:
         return tuple((slot, tuple(len(chunk) for chunk in chunks)) for slot, chunks in tokens[number].items())
 
-    with torch.inference_mode():
+    with torch.inference_mode():  # for loading too: weights made in it and moved outside of it are lost
+        clip.load_model()
+        ready(clip)
         for form, group in itertools.groupby(sorted(range(len(texts)), key=shape), key=shape):
             size = max(1, AT_ONCE // max(len(lengths) for _, lengths in form))
             numbers = list(group)

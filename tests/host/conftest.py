@@ -20,6 +20,23 @@ def toy(host, tmp_path_factory):
         return toybox.load()
 
 
+@pytest.fixture(autouse=True)
+def moved_whole(request, monkeypatch):
+    """On a GPU, weights made in inference mode and moved outside of it can be used no more; here nothing moves."""
+    if "host" not in request.fixturenames:
+        return
+    import comfy.model_management as management
+
+    load = management.load_models_gpu
+
+    def loaded(models, *args, **kwargs):
+        lost = [p for m in models for p in m.model.parameters() if p.is_inference()]
+        assert torch.is_inference_mode_enabled() or not lost, "weights made in inference mode are moved outside of it"
+        return load(models, *args, **kwargs)
+
+    monkeypatch.setattr(management, "load_models_gpu", loaded)
+
+
 @pytest.fixture(scope="session")
 def mug_set(toy):
     """Five pictures of a mug that no caption named, with masks and captions."""
