@@ -146,9 +146,9 @@ def training(*patchers, checkpointing: bool = False, memory: float = 0):
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        whole = fits(patchers)
         plain = [stack.enter_context(static(patcher)) for patcher in patchers]
         make_room(plain, memory)
+        whole = fits(plain)
         for patcher, given in zip(plain, patchers, strict=True):
             if patcher is given:
                 thaw(patcher)  # before any move: an inference tensor that was moved is lost

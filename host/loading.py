@@ -92,13 +92,15 @@ def make_room(patchers, memory: float) -> None:
 
 
 def fits(patchers) -> bool:
-    """Whether the devices can hold the weights whole. Raises: RuntimeError when they cannot and must."""
-    management, sizes = comfy.model_management, {}
-    for patcher in patchers:
-        if not management.is_device_cpu(patcher.load_device):
-            sizes[patcher.load_device] = sizes.get(patcher.load_device, 0) + patcher.model_size()
-    spare = management.minimum_inference_memory()
-    short = [d for d, size in sizes.items() if size + spare > management.get_total_memory(d)]
+    """Whether the devices can hold the weights whole, now that ``make_room`` was there; other programs may hold a part.
+
+    Raises: RuntimeError when they cannot and must.
+    """
+    management, short = comfy.model_management, []
+    for device in {p.load_device for p in patchers if not management.is_device_cpu(p.load_device)}:
+        lacking = missing(patchers, device)
+        if lacking and lacking + management.minimum_inference_memory() > management.get_free_memory(device):
+            short.append(device)
     if any(reuses(device) for device in short):
         raise RuntimeError(STREAMED)
     return not short

@@ -145,7 +145,7 @@ def test_streamed_weights_are_refused_where_their_memory_is_used_again(monkeypat
         pass
 
 
-def test_weights_are_counted_against_the_device(monkeypatch):
+def test_weights_are_counted_against_what_is_free(monkeypatch):
     import comfy.model_management as management
 
     from concepts.host import loading
@@ -153,11 +153,14 @@ def test_weights_are_counted_against_the_device(monkeypatch):
     made = tiny("sd15")
     monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
     monkeypatch.setattr(management, "NUM_STREAMS", 0)
-    size = made.model.model_size() + made.clip.patcher.model_size() + management.minimum_inference_memory()
-    for total, fits in ((size + 1, True), (size - 1, False)):
-        monkeypatch.setattr(management, "get_total_memory", lambda device, total=total: total)
-        assert loading.fits([made.model, made.clip.patcher]) is fits
+    both = [made.model, made.clip.patcher]
+    size = sum(p.model_size() - p.loaded_size() for p in both) + management.minimum_inference_memory()
+    for free, fits in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(management, "get_free_memory", lambda *_, free=free, **__: free)
+        assert loading.fits(both) is fits
     monkeypatch.setattr(management, "NUM_STREAMS", 2)
     monkeypatch.setattr(management.args, "cuda_malloc", False)
     with pytest.raises(RuntimeError, match="not loaded whole"):
-        loading.fits([made.model, made.clip.patcher])
+        loading.fits(both)
+    monkeypatch.setattr(loading, "missing", lambda patchers, device: 0)
+    assert loading.fits(both), "they are there already"
