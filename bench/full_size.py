@@ -14,6 +14,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -160,6 +161,20 @@ def flux() -> tuple:
     import comfy.text_encoders.flux as text
 
     return modulation_cost.model(FLUX, DTYPE, DEVICE), encoders_of(text.FluxTokenizer, text.flux_clip(dtype_t5=DTYPE))
+
+
+def write(path: str) -> None:
+    """SDXL as a checkpoint for the stock loader, with the tiny VAE.
+
+    ``path``: of a .safetensors file.
+    """
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    with torch.inference_mode():
+        vae = comfy.taesd.taesd.TAESD()
+        modulation_cost.fill(vae, torch.Generator().manual_seed(7))
+        comfy.sd.save_checkpoint(path, *sdxl(), SimpleNamespace(get_sd=vae.state_dict))
 
 
 def load(family: str) -> Parts:

@@ -110,3 +110,24 @@ def test_an_unknown_loss_is_named(case):
     q, k, _, r, columns, of_reference = case
     with pytest.raises(ValueError, match="Unknown attention loss 'max'"):
         attention.attention_loss(q, k, r, 2, columns, of_reference, "max")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize("width", [40, 64, 128])
+def test_a_gpu_gives_the_values_and_gradients_of_float64(dtype, near, follow, width):
+    """Relative norm of the difference; keys of a text and of a picture with three columns."""
+    for keys in (77, 1024):
+        given = [drawn(2, n, 4 * width, seed=i).to(dtype) for i, n in enumerate((1024, keys, keys))]
+        columns, weights = torch.eye(keys).double()[None, :, :3], 500 * drawn(2, 1024, 3, seed=4).to(dtype)
+
+        def found(device, dtype, given=given, columns=columns, weights=weights):
+            q, k, v = (x.to(device, dtype).detach().requires_grad_() for x in given)
+            out, maps = attention.attend(q, k, v, 4, columns.to(device), follow)
+            total = out.square().sum() + (maps * weights.to(device)).sum()
+            return [out, maps, *torch.autograd.grad(total, (q, k, v))]
+
+        for ours, exact in zip(found("cuda", dtype), found("cpu", torch.float64), strict=True):
+            assert float((ours.double().cpu() - exact).norm() / exact.norm()) < near
