@@ -1,0 +1,99 @@
+"""What it costs to keep two words' maps of SD1.5's sixteen cross-attentions at 512 px, against attention alone.
+
+``plain``: torch's fused product, as the host attends; ``ours``: the same and the maps, mean over heads; ``stored``:
+every map, as diffusers' ``Attention.get_attention_scores`` gives it to prompt-to-prompt's store. Batches of two, eight
+heads, fp32; forward without gradient, and with the backward pass to queries, keys and values. The sides take turns in
+one process; outputs and maps are compared first. ``nox -s bench -- attention_tap``
+"""
+
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from . import toy
+from .runner import RESULTS, machine, noisy, ratio, reference
+
+LAYERS = ((4096, 40),) * 5 + ((1024, 80),) * 5 + ((256, 160),) * 5 + ((64, 160),)
+"""Pixels, and numbers per head."""
+BATCH, HEADS, TEXT, WORDS, PAIRS, GOAL = 2, 8, 77, (5, 7), 9, 1.05
+
+
+def plain(q, k, v, columns):
+    q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), ()
+
+
+def ours(q, k, v, columns):
+    from concepts.kernels.attention import attend
+
+    out, maps = attend(q, k, v, HEADS, columns)
+    return out, (maps,)
+
+
+def stored(q, k, v, columns):
+    q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    empty = q.new_empty(len(q), q.shape[1], k.shape[1])
+    scores = torch.baddbmm(empty, q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(-1)
+    return (scores @ v).unflatten(0, (-1, HEADS)).transpose(1, 2).flatten(2), (scores,)
+
+
+SIDES = {"plain": plain, "ours": ours, "stored": stored}
+
+
+def inputs(grad: bool) -> list:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [[(BATCH, n, HEADS * width) for n in (pixels, TEXT, TEXT)] for pixels, width in LAYERS]
+    return [[torch.randn(s, generator=draw).requires_grad_(grad) for s in three] for three in shapes]
+
+
+def seconds(side, layers: list, columns: torch.Tensor, grad: bool) -> float:
+    """One pass through all layers, and back."""
+    begun = time.perf_counter()
+    with torch.set_grad_enabled(grad):
+        kept = [side(*three, columns) for three in layers]
+        if grad:
+            sum(out.sum() + sum(m.sum() for m in maps[:1] if side is ours) for out, maps in kept).backward()
+    return time.perf_counter() - begun
+
+
+def check(layers: list, columns: torch.Tensor) -> dict:
+    """Bytes that are kept. Raises: AssertionError when outputs or maps differ."""
+    held = {"ours": 0, "stored": 0}
+    with torch.no_grad():
+        for three in layers:
+            (expected, _), (out, (maps,)), (_, (scores,)) = (side(*three, columns) for side in SIDES.values())
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+            wanted = scores.unflatten(0, (BATCH, HEADS)).mean(1)[..., list(WORDS)]
+            torch.testing.assert_close(maps, wanted, atol=1e-6, rtol=1e-4)
+            held["ours"] += maps.nbytes
+            held["stored"] += scores.nbytes
+    return held
+
+
+def main(options, rest) -> int:
+    load, products = os.getloadavg()[0], [reference()]
+    toy.alias()
+    columns = torch.eye(TEXT)[None, :, list(WORDS)]
+    held, table = check(inputs(False), columns), {}
+    for name, grad in {"forward": False, "with backward": True}.items():
+        layers, taken = inputs(grad), {s: [] for s in SIDES}
+        for number in range(PAIRS + 1):
+            for which in list(SIDES) if number % 2 else reversed(SIDES):
+                spent = seconds(SIDES[which], layers, columns, grad)
+                if number:  # the first warms up
+                    taken[which].append(spent)
+        products.append(reference())
+        table[name] = {which: ratio(taken[which], taken["plain"]) for which in ("ours", "stored")}
+        print(name, {k: f"{v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f}) of plain attention" for k, v in table[name].items()})
+    print(f"kept: {held['ours'] / 2**20:.2f} MiB of {held['stored'] / 2**20:.1f}")
+    why = noisy(products, load)
+    if why and not options.accept_noise:
+        print(f"No report: {why}.", file=sys.stderr)
+        return 3
+    report = {"case": "attention_tap", "noise": why, "goal": GOAL, "table": table, "kept": held, "machine": machine()}
+    (RESULTS / "attention_tap.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0
