@@ -37,6 +37,16 @@ def moved_whole(request, monkeypatch):
     monkeypatch.setattr(management, "load_models_gpu", loaded)
 
 
+@pytest.fixture
+def brief(monkeypatch, host):
+    """One look before and after instead of eight, and previews of one step, where passes take long or are many."""
+    from concepts.host.learn import Session
+
+    fixed, preview = Session.fixed_loss, Session.preview
+    monkeypatch.setattr(Session, "fixed_loss", lambda self: fixed(self, 1))
+    monkeypatch.setattr(Session, "preview", lambda self: preview(self, 1))
+
+
 @pytest.fixture(scope="session")
 def mug_set(toy):
     """Five pictures of a mug that no caption named, with masks and captions."""

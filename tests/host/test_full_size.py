@@ -7,7 +7,7 @@ import torch
 
 from .tiny import fill
 
-pytestmark = [pytest.mark.usefixtures("host"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("host", "brief"), pytest.mark.slow]
 UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -62,16 +62,6 @@ def full(host, tmp_path_factory):
     data = ConceptSet(latents, (None,) * 3, captions, (False,) * 3)
     yield model, clip, data
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def brief(monkeypatch):
-    """One look before and after instead of eight, and previews of one step; a forward pass takes seconds here."""
-    from concepts.host.learn import Session
-
-    fixed, preview = Session.fixed_loss, Session.preview
-    monkeypatch.setattr(Session, "fixed_loss", lambda self: fixed(self, 1))
-    monkeypatch.setattr(Session, "preview", lambda self: preview(self, 1))
 
 
 def learned(session):
