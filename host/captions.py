@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .text import PLACEHOLDER, encoders, end_to_end, ready, variant, with_rows
+from .text import PLACEHOLDER, encoders, end_to_end, even, ready, variant, with_rows
 from .variants import Grid, with_contexts
 
 STRIDE = 1000
@@ -69,7 +69,11 @@ class Prompts:
 
         Returns: contexts [variants, tokens, width], and the conditioning entry of the first.
         """
-        cond, extra = self._encoded([self._tokens(index, rows) for rows in variants])
+        many = [self._tokens(index, rows) for rows in variants]
+        if not even(many[0]):
+            entries = [self._encoded([tokens]) for tokens in many]
+            return torch.cat([cond for cond, _ in entries]), entries[0]
+        cond, extra = self._encoded(many)
         contexts = cond.reshape(len(variants), -1, cond.shape[-1])
         return contexts, [contexts[:1], extra]
 

@@ -293,13 +293,18 @@ def end_to_end(many: list[dict]) -> dict:
     return {slot: [chunk for tokens in many for chunk in tokens[slot]] for slot in many[0]}
 
 
+def even(tokens: dict) -> bool:
+    """Whether all encoders have equally many chunks; the host cuts what they give to the shortest."""
+    return len({len(chunks) for chunks in tokens.values()}) == 1
+
+
 def encoded_together(clip, many: list[dict]) -> list[list]:
     """The host's CONDITIONING of each of several token dicts, which differ in learned rows alone.
 
     More than one, as only a UNet's prompt has, go through the encoder in one pass, as chunks of one long text; their
     pooled vector is then the first one's (comfy/sd1_clip.py ClipTokenWeightEncoder).
     """
-    if len(many) == 1 or len({len(chunks) for chunks in many[0].values()}) > 1:  # the host cuts to the shortest
+    if len(many) == 1 or not even(many[0]):
         return [clip.encode_from_tokens_scheduled(tokens) for tokens in many]
     found = clip.encode_from_tokens_scheduled(end_to_end(many))
     entries = [(cond.unflatten(1, (len(many), -1)), extra) for cond, extra in found]

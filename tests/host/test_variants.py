@@ -252,16 +252,18 @@ def test_layers_are_those_that_sampling_visits(unet):
     assert layers_of(unet.model.model.diffusion_model) == visited
 
 
-@pytest.mark.parametrize("family", UNETS)
-def test_variants_are_encoded_in_one_pass(family):
+@pytest.mark.parametrize(("family", "count"), [(f, 2) for f in UNETS] + [("sdxl", 75)])
+def test_variants_are_encoded_as_each_alone(family, count):
+    """The many vectors of SDXL's first encoder make it two chunks, and leave the second one at one."""
     from concepts.host.captions import Prompts
     from concepts.host.gradients import training
     from concepts.host.text import encoders
 
     made = tiny(family)
     with training(made.model, made.clip.patcher):
-        rows = [{"": {e.key: torch.randn(2, e.width) for e in encoders(made.clip)}} for _ in range(3)]
-        prompts = Prompts(made.clip, ["a (photo:1.2) of {}"], "thing", {"": dict.fromkeys(rows[0][""], 2)})
+        learned = [e for e in encoders(made.clip) if count == 2 or e.key == "clip_l"]
+        rows = [{"": {e.key: torch.randn(count, e.width) for e in learned}} for _ in range(3)]
+        prompts = Prompts(made.clip, ["a (photo:1.2) of {}"], "thing", {"": dict.fromkeys(rows[0][""], count)})
         prompts.ready()
         contexts, entry = prompts.encode_all(0, rows)
         for context, one in zip(contexts, rows, strict=True):
