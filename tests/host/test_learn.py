@@ -271,6 +271,19 @@ def test_memory_stays_flat_over_200_cycles(toy, mug_set, brief):
     assert resident() <= 1.03 * start
 
 
+def test_running_out_of_memory_before_the_first_step_says_what_to_lower(toy, mug_set, monkeypatch):
+    import comfy.model_management as management
+
+    from concepts.host import gradients
+
+    def full(*args, **kwargs):
+        raise management.OOM_EXCEPTION("CUDA out of memory")
+
+    monkeypatch.setattr(gradients, "make_room", full)
+    with pytest.raises(management.OOM_EXCEPTION, match="lower the batch.*smaller.*checkpointing"):
+        learn(toy, mug_set, steps=4)
+
+
 @pytest.mark.slow
 def test_running_out_of_memory_says_what_to_lower_and_keeps_the_concept(toy, mug_set, monkeypatch):
     import comfy.model_management as management
