@@ -23,7 +23,9 @@ BATCH, HEADS, TEXT, WORDS, PAIRS, GOAL = 2, 8, 77, (5, 7), 9, 1.05
 
 
 def plain(q, k, v, columns):
-    q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
+    from concepts.kernels.attention import split_heads
+
+    q, k, v = (split_heads(x, HEADS) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), ()
 
 
@@ -35,7 +37,9 @@ def ours(q, k, v, columns):
 
 
 def stored(q, k, v, columns):
-    q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    from concepts.kernels.attention import split_heads
+
+    q, k, v = (split_heads(x, HEADS).flatten(0, 1) for x in (q, k, v))
     empty = q.new_empty(len(q), q.shape[1], k.shape[1])
     scores = torch.baddbmm(empty, q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(-1)
     return (scores @ v).unflatten(0, (-1, HEADS)).transpose(1, 2).flatten(2), (scores,)
@@ -56,7 +60,8 @@ def seconds(side, layers: list, columns: torch.Tensor, grad: bool) -> float:
     with torch.set_grad_enabled(grad):
         kept = [side(*three, columns) for three in layers]
         if grad:
-            sum(out.sum() + sum(m.sum() for m in maps[:1] if side is ours) for out, maps in kept).backward()
+            followed = [t for out, maps in kept for t in (out, *(maps if side is ours else ()))]
+            sum(t.sum() for t in followed).backward()
     return time.perf_counter() - begun
 
 

@@ -217,8 +217,8 @@ class RefineSession(Session):
         return [Row(i, text, *parts, True, False) for i, *parts in zip(references, x, sigma.split(1), strict=True)]
 
     def passed(self, parameters, rows: list[Row]) -> list:
-        """Per row queries and keys [c, h, w] and the word's maps [layers, h, w]; of one that nothing is read from the
-        denoised picture. Rows of one size that follow gradients alike share a pass of the model."""
+        """Per row queries and keys [c, h, w] and the word's maps [layers, h, w], or the denoised picture [c, h, w] of
+        one that is not read. Rows of one size whose gradients are both wanted, or both not, share a pass."""
         groups, found = {}, {}
         for number, row in enumerate(rows):
             groups.setdefault((row.x.shape, row.follows), []).append(number)
