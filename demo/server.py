@@ -6,6 +6,7 @@
 import argparse
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -24,6 +25,25 @@ PACK = Path(__file__).resolve().parent.parent
 FOLDERS = ("custom_nodes", "input", "output", "models", "user", "temp")
 PREVIEW = 1
 """Event number of a binary preview frame: event (4 bytes), picture format (4 bytes), the encoded picture."""
+
+
+def lead(link: Path, target: Path) -> None:
+    """Makes ``link`` lead to the folder ``target``, also where it led elsewhere.
+
+    Raises: OSError when a folder of its own is there.
+    """
+    if link.exists() and link.samefile(target):
+        return
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except OSError:
+        if os.name != "nt":
+            raise
+        # Without Developer Mode Windows refuses symbolic links, not junctions.
+        from _winapi import CreateJunction
+
+        CreateJunction(str(target), str(link))
 
 
 class Server:
@@ -63,9 +83,8 @@ class Server:
         """
         for name in FOLDERS:
             self.folder(name).mkdir(parents=True, exist_ok=True)
-        link = self.folder("custom_nodes") / "concept-carriers"
-        if self.pack and not link.exists():
-            link.symlink_to(self.pack, target_is_directory=True)
+        if self.pack:
+            lead(self.folder("custom_nodes") / "concept-carriers", self.pack)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
