@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import stat
 import subprocess
@@ -241,6 +240,8 @@ def test_what_is_no_safetensors_file_is_refused(content, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="no file size limits")
 def test_a_full_disk_leaves_the_older_file(tmp_path):
     """The kernel refuses the write itself, as a full disk does."""
+    import resource
+
     path = tmp_path / "a.safetensors"
     write_concept(golden(), path)
     code = (
@@ -287,6 +288,7 @@ def _write(folder: str) -> str:
     return str(write_new(golden(), Path(folder), "mug"))
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 def test_new_files_never_replace(tmp_path):
     with multiprocessing.get_context("fork").Pool(4) as pool:
         written = pool.map(_write, [str(tmp_path)] * 8)
