@@ -107,6 +107,13 @@ def test_imports_go_down(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
+def test_what_ships_needs_nothing_that_is_left_out(path):
+    for line, module in imports(path):
+        for file in (Path(*module[1:i]).with_suffix(".py") for i in range(2, len(module) + 1) if module[0] == "."):
+            assert file in FILES or not (PACK / file).exists(), f"{path}:{line} imports {file}, which does not ship"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_nothing_that_ships_reaches_out(path):
     for line, module in imports(path):
         assert module[0] not in BANNED_MODULES, f"{path}:{line} imports {'.'.join(module)}"
@@ -123,6 +130,12 @@ def test_nothing_that_ships_reaches_out(path):
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_source_is_cp1252(path):
     (PACK / path).read_bytes().decode("utf-8").encode("cp1252")
+
+
+def test_ci_runs_what_the_readme_says():
+    *_, command = (PACK / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    lines = (PACK / "README.md").read_text(encoding="utf-8").splitlines()
+    assert command in [line.partition("  ")[0] for line in lines]
 
 
 def test_there_are_nodes():
