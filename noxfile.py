@@ -142,14 +142,14 @@ def tests(session: nox.Session) -> None:
     environment(session)
     chosen = [arg for arg in session.posargs if (ROOT / arg.split("::")[0]).exists()]
     rest = [arg for arg in session.posargs if arg not in chosen]
-    current, oldest = comfyui(session, CURRENT), comfyui(session, OLDEST)
+    current = comfyui(session, CURRENT)
     # Workers whose threads wait for each other take ten times as long.
     workers, alone = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"], {"OMP_NUM_THREADS": "1"}
     python(session, current, "-m", "pytest", f"--comfyui={current}", *workers, *rest, *(chosen or ["tests"]), **alone)
     again = [arg for arg in chosen or HOST_TESTS if arg.startswith(HOST_TESTS) and (ROOT / arg.split("::")[0]).exists()]
     if not chosen:
         again.append(f"--ignore={ONCE}")
-    if oldest != current and again:
+    if again and (oldest := comfyui(session, OLDEST)) != current:
         python(session, oldest, "-m", "pytest", f"--comfyui={oldest}", *workers, *rest, *again, **alone)
 
 
