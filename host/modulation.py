@@ -4,7 +4,7 @@ A block's shift, scale and gate are lin(SiLU(y)) of one vector y per picture; a 
 Only these rows are computed anew and laid into the others' by their place, picture rows never. Everything hangs on the
 call: an APPLY_MODEL wrapper puts hooks on the blocks (ldm/flux/layers.py Modulation; the ``context_block`` of
 ldm/modules/diffusionmodules/mmdit.py) and takes them off again, also after an error. In a CONDITIONING the wrapper
-travels as variants.py describes; a CALC_COND_BATCH wrapper (samplers.py) tells it which rows are the prompt's.
+travels as variants.py describes, whose ``Marked`` tells which rows are the prompt's.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import comfy.hooks
 import comfy.patcher_extension
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,10 @@ from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 
 from ..carriers.errors import CarrierMismatch
 from .gradients import AROUND
-from .variants import VariantHook
+from .variants import Marked
 
 PLACES = "concept_modulation_places"
 """Key in ``transformer_options``: the placements of one call, in order; whoever comes first installs the hooks."""
-PROMPTS = "concept_modulation_prompts"
-"""Key in ``transformer_options``: prompt -> side and uuid of its entries. In a conditioning: the prompt itself."""
 ALONE = "concept_modulation_alone"
 """Key in ``transformer_options``: true when every row of the batch belongs to the one prompt (show.py)."""
 CHOICES = {"all": ("double", "single", "joint"), "double blocks": ("double", "joint")}
@@ -256,16 +253,13 @@ def modulating(placements: list[Placement]) -> Callable:
 
 
 @dataclass(eq=False)
-class Prompt:
-    """The words of one encoded prompt; told from others by identity, so that equal texts stay apart."""
+class Prompt(Marked):
+    """The words of one encoded prompt."""
 
     text: torch.Tensor
     """Its rows [1, n, width]."""
     places: list[Place]
     moved: dict = field(default_factory=dict)
-
-    def __deepcopy__(self, memo):
-        return self
 
     def here(self, device: torch.device) -> list[Place]:
         """The places with their directions on a device."""
@@ -273,51 +267,21 @@ class Prompt:
             self.moved[device] = [p._replace(directions=p.directions.to(device)) for p in self.places]
         return self.moved[device]
 
-    def note(self, executor, model, conds, x_in, timestep, model_options):
-        """The CALC_COND_BATCH wrapper: which entries of this call are the prompt's, if any says whose it is."""
-        marked = [(i, c) for i, entries in enumerate(conds) for c in entries or () if c.get(PROMPTS) is self]
-        if marked:
-            options = model_options.get("transformer_options", {})
-            mine = {**options.get(PROMPTS, {}), self: tuple((i, c["uuid"]) for i, c in marked if _own(c))}
-            model_options = {**model_options, "transformer_options": {**options, PROMPTS: mine}}
-        return executor(model, conds, x_in, timestep, model_options)
-
     def find(self, options: dict, x: torch.Tensor, text: torch.Tensor) -> list[Placement]:
         """What is modulated in a call of the model for latents [b, ...] and text rows [b, n, width].
 
         An entry that somebody made out of several prompts is in no prompt's name; its rows are told by their text.
         """
-        mine = options.get(PROMPTS, {}).get(self)
-        if options.get(ALONE):
-            rows = range(len(x))
-        elif mine is None:
+        rows = range(len(x)) if options.get(ALONE) else self.rows(options, len(x))
+        if rows is None:
             length = self.text.shape[1]
             alike = text.shape[1] >= length and text.shape[2] == self.text.shape[2]
             same = (text[:, :length] == self.text.to(text)).flatten(1).all(1) if alike else torch.zeros(0)
             rows = same.nonzero().flatten().tolist()
-        else:
-            parts = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
-            each = len(x) // len(parts)
-            rows = [r for i, part in enumerate(parts) if part in mine for r in range(i * each, (i + 1) * each)]
         return [Placement(tuple(rows), place) for place in self.here(x.device)] if rows else []
-
-
-def _own(entry: dict) -> bool:
-    """False for the copy that the host makes of a prompt with an area for the other side, with the other's text and the
-    prompt's marks (samplers.py create_cond_with_same_area_if_none)."""
-    held = getattr(entry.get("model_conds", {}).get("c_crossattn"), "cond", None)
-    text = entry.get("cross_attn")
-    return held is None or text is None or held is text or (held.shape == text.shape and bool((held == text).all()))
 
 
 def attach(entry: list, places: list[Place]) -> list:
     """A CONDITIONING entry whose words are modulated wherever the host samples with it."""
-    prompt, kinds = Prompt(entry[0], places), comfy.patcher_extension.WrappersMP
-    wrappers = {
-        kinds.CALC_COND_BATCH: {"concept-carriers": [prompt.note]},
-        kinds.APPLY_MODEL: {"concept-carriers": [_wrapper(prompt.find)]},
-    }
-    facts = dict(entry[1])
-    group = facts["hooks"].clone() if facts.get("hooks") is not None else comfy.hooks.HookGroup()
-    group.add(VariantHook({"wrappers": wrappers}))
-    return [entry[0], {**facts, "hooks": group, PROMPTS: prompt}]
+    prompt = Prompt(entry[0], places)
+    return prompt.entry(entry[0], dict(entry[1]), _wrapper(prompt.find))

@@ -19,6 +19,8 @@ from .denoise import noise_time
 
 CONTEXTS = "concept_contexts"
 """Key in ``transformer_options``: functions (layer name, K context, V context) -> (K context, V context)."""
+PROMPTS = "concept_prompts"
+"""Key in ``transformer_options``: marked prompt -> side and uuid of its entries. In an entry: its ``Marked``."""
 
 
 def layers_of(network: torch.nn.Module) -> list[str]:
@@ -135,51 +137,114 @@ class VariantHook(comfy.hooks.TransformerOptionsHook):
         return False
 
 
-def _wrapper(base: torch.Tensor, table: torch.Tensor, grid: Grid) -> Callable:
-    """The APPLY_MODEL wrapper of one prompt: base [1, tokens, width], table [variants, tokens, width]."""
-    tokens, placed = base.shape[1], {}
+class Marked:
+    """A prompt by whose identity its entries are known again; equal texts stay apart."""
 
-    def on(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # the host moves a context behind the wrapper
+    def __deepcopy__(self, memo):
+        return self
+
+    def note(self, executor, model, conds, x_in, timestep, model_options):
+        """A CALC_COND_BATCH wrapper (samplers.py): which entries of this call are the prompt's."""
+        marked = [(i, c) for i, entries in enumerate(conds) for c in entries or () if self in c.get(PROMPTS, ())]
+        if marked:
+            options = model_options.get("transformer_options", {})
+            mine = {**options.get(PROMPTS, {}), self: tuple((i, c["uuid"]) for i, c in marked if _own(c))}
+            model_options = {**model_options, "transformer_options": {**options, PROMPTS: mine}}
+        return executor(model, conds, x_in, timestep, model_options)
+
+    def rows(self, options: dict, count: int) -> list[int] | None:
+        """Its rows in a batch of ``count``; None where no entry of the call bears its mark."""
+        mine = options.get(PROMPTS, {}).get(self)
+        if mine is None:
+            return None
+        parts = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
+        each = count // len(parts)
+        return [r for i, part in enumerate(parts) if part in mine for r in range(i * each, (i + 1) * each)]
+
+    def entry(self, cond: torch.Tensor, facts: dict, wrapper: Callable) -> list:
+        """A CONDITIONING entry that bears the mark and brings ``wrapper`` (APPLY_MODEL) to whatever samples with it."""
+        kinds = comfy.patcher_extension.WrappersMP
+        own = {kinds.CALC_COND_BATCH: self.note, kinds.APPLY_MODEL: wrapper}
+        hook = VariantHook({"wrappers": {kind: {"concept-carriers": [f]} for kind, f in own.items()}})
+        group = facts["hooks"].clone() if facts.get("hooks") is not None else comfy.hooks.HookGroup()
+        group.add(hook)
+        return [cond, {**facts, "hooks": group, PROMPTS: (*facts.get(PROMPTS, ()), self)}]
+
+
+def _own(entry: dict) -> bool:
+    """False for the copy that the host makes of a prompt with an area for the other side, with the other's text and the
+    prompt's marks (samplers.py create_cond_with_same_area_if_none)."""
+    held = getattr(entry.get("model_conds", {}).get("c_crossattn"), "cond", None)
+    text = entry.get("cross_attn")
+    return held is None or text is None or held is text or (held.shape == text.shape and bool((held == text).all()))
+
+
+class _Variants(Marked):
+    """One prompt: base [1, tokens, width], table [variants, tokens, width]."""
+
+    def __init__(self, base: torch.Tensor, table: torch.Tensor, grid: Grid):
+        self.base, self.table, self.grid, self.placed = base, table, grid, {}
+
+    def on(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Base and table where a context is; the host moves it behind the wrapper."""
         where = (like.device, like.dtype)
-        if where not in placed:
-            placed[where] = (base.to(like), table.to(like))
-        return placed[where]
+        if where not in self.placed:
+            self.placed[where] = (self.base.to(like), self.table.to(like))
+        return self.placed[where]
 
-    def put(context: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def spots(self, context: torch.Tensor | None) -> torch.Tensor:
+        """Row and piece [n, 2] of the prompt in a context, which the host repeats to the length of a longer negative
+        (comfy/conds.py CONDCrossAttn)."""
+        if context is None or context.shape[2] != self.base.shape[2]:
+            return torch.zeros(0, 2, dtype=torch.int64)
+        return (self.pieces(context) == self.on(context)[0][:, None]).flatten(2).all(2).nonzero().cpu()
+
+    def pieces(self, context: torch.Tensor) -> torch.Tensor:
+        """A view [b, pieces, tokens, width] of as much as there are whole pieces."""
+        tokens = self.base.shape[1]
+        count = context.shape[1] // tokens
+        return context[:, : count * tokens].unflatten(1, (count, tokens))
+
+    def put(self, context: torch.Tensor, spots: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """The context with the variants [n] of these numbers in their spots, all on its device."""
         context = context.clone()
-        context[rows, :tokens] = values
+        self.pieces(context)[spots[:, 0], spots[:, 1]] = self.on(context)[1][numbers]
         return context
 
-    def apply(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **more):
-        options, context = transformer_options or {}, c_crossattn
-        if context is not None and context.shape[1] >= tokens and context.shape[2] == base.shape[2]:
-            here, variants = on(context)
-            mine = (context[:, :tokens] == here).flatten(1).all(1).nonzero().flatten().cpu()
-            if len(mine):
-                stages = grid.stages(noise_time(executor.class_obj.model_sampling, t))[mine]
-                grid.fits(executor.class_obj)
-                if grid.needs_cross_attention:
-                    moved, chosen = {}, {}
+    def apply(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **more):
+        """The APPLY_MODEL wrapper. Raises: CarrierMismatch when another node changed the prompt's rows."""
+        options, context, grid = transformer_options or {}, c_crossattn, self.grid
+        spots = self.spots(context)
+        if not set(self.rows(options, len(x)) or ()) <= set(spots[:, 0].tolist()):
+            raise CarrierMismatch(
+                "The prompt holds a concept whose rows change with stage, layer or for K and V, and another node "
+                "changed its conditioning (such as ConditioningAverage), so that they cannot be told any more; put "
+                "Concept Prompt behind that node, or combine prompts with ConditioningCombine."
+            )
+        if len(spots):
+            stages = grid.stages(noise_time(executor.class_obj.model_sampling, t))[spots[:, 0]]
+            grid.fits(executor.class_obj)
+            if grid.needs_cross_attention:
+                moved, chosen = {}, {}
 
-                    def choice(context, layer, role):
-                        if (layer, role) not in chosen or chosen[layer, role][0] is not context:
-                            if context.device not in moved:
-                                moved[context.device] = (mine.to(context.device), grid.index[stages].to(context.device))
-                            rows, numbers = moved[context.device]
-                            own = put(context, rows, on(context)[1][numbers[:, layer, role]])
-                            chosen[layer, role] = (context, own)  # layers that are alike share it
-                        return chosen[layer, role][1]
+                def choice(context, layer, role):
+                    if (layer, role) not in chosen or chosen[layer, role][0] is not context:
+                        if context.device not in moved:
+                            moved[context.device] = (spots.to(context.device), grid.index[stages].to(context.device))
+                        where, numbers = moved[context.device]
+                        own = self.put(context, where, numbers[:, layer, role])
+                        chosen[layer, role] = (context, own)  # layers that are alike share it
+                    return chosen[layer, role][1]
 
-                    def pick(name, key, value):
-                        layer = grid.layer(name)
-                        return choice(key, layer, 0), choice(value, layer, 1)
+                def pick(name, key, value):
+                    layer = grid.layer(name)
+                    return choice(key, layer, 0), choice(value, layer, 1)
 
-                    options = with_contexts(options, pick)
-                else:
-                    context = put(context, mine.to(here.device), variants[grid.index[stages, 0, 0].to(here.device)])
+                options = with_contexts(options, pick)
+            else:
+                numbers = grid.index[stages, 0, 0].to(context.device)
+                context = self.put(context, spots.to(context.device), numbers)
         return executor(x, t, c_concat, context, control, options, **more)
-
-    return apply
 
 
 def attach(entries: list[list], grid: Grid) -> list:
@@ -194,8 +259,5 @@ def attach(entries: list[list], grid: Grid) -> list:
     if facts.get("pooled_output") is not None:
         firsts = grid.index[:, 0, 0].unique().tolist()  # as in learning, where the first layer's K decides
         facts["pooled_output"] = torch.stack([entries[i][1]["pooled_output"] for i in firsts]).mean(0)
-    wrapper = _wrapper(base, conds, grid)
-    hook = VariantHook({"wrappers": {comfy.patcher_extension.WrappersMP.APPLY_MODEL: {"concept-carriers": [wrapper]}}})
-    group = facts["hooks"].clone() if facts.get("hooks") is not None else comfy.hooks.HookGroup()
-    group.add(hook)
-    return [base, {**facts, "hooks": group}]
+    prompt = _Variants(base, conds, grid)
+    return prompt.entry(base, facts, prompt.apply)

@@ -145,9 +145,9 @@ def _naive_joint(block, offsets):
 
 
 def places_of(conditioning):
-    from concepts.host.modulation import PROMPTS
+    from concepts.host.variants import PROMPTS
 
-    return conditioning[0][1][PROMPTS].places
+    return conditioning[0][1][PROMPTS][-1].places
 
 
 @pytest.mark.parametrize("blocks", ["all", "double blocks"])

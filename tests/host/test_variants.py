@@ -6,7 +6,7 @@ import torch
 from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierError, CarrierMismatch
 
-from .tiny import tiny
+from .tiny import fill, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 UNETS = ("sd15", "sd2", "sdxl")
@@ -155,11 +155,43 @@ def test_strength_0_is_the_plain_word_bit_for_bit(unet):
 
 
 @pytest.mark.parametrize("negative", ["", "ugly, " * 60])
-def test_negatives_of_any_length(unet, negative):
-    whole, other = concept(unet, roles=2), prompt(unet, negative)
-    together = sample(unet, prompt(unet, "a photo of <mug>", whole), other)
-    alone = sample(unet, prompt(unet, "a photo of <mug>", whole), cfg=1.0)
-    assert torch.isfinite(together).all() and not torch.equal(together, alone)
+@pytest.mark.parametrize("roles", [1, 2])
+def test_negatives_of_any_length(unet, negative, roles):
+    """The host repeats the shorter of two prompts; every repetition holds the rows that are meant."""
+    from concepts.host.denoise import noise_time
+
+    whole, other = concept(unet, stages=2, roles=roles), prompt(unet, negative)
+    length = other[0][0].shape[1]
+    model, calls = recorded(unet)
+    sample(unet, prompt(unet, "a photo of <mug>", whole), other, model=model)
+    expected = {
+        (s, r): prompt(unet, "a photo of <mug>", part(whole, s, role=min(r, roles - 1)))[0][0].repeat(
+            1, length // 77, 1
+        )[0]
+        for s in (0, 1)
+        for r in (0, 1)
+    }
+    for _, key, value, sigma, _ in calls:
+        stage = int(noise_time(unet.model.model.model_sampling, torch.tensor([sigma]))[0] * 2)
+        for role, context in enumerate((key, value)):
+            assert context.shape[1] == length
+            assert sum(torch.allclose(row, expected[stage, role], rtol=0, atol=1e-6) for row in context) == 1
+
+
+def test_rows_that_another_node_changed_are_refused(unet):
+    import nodes
+
+    whole = concept(unet, stages=2, roles=2)
+    with torch.inference_mode():
+        (mixed,) = nodes.ConditioningAverage().addWeighted(
+            prompt(unet, "a photo of <mug>", whole), prompt(unet, "grass"), 0.5
+        )
+        (same,) = nodes.ConditioningAverage().addWeighted(
+            prompt(unet, "a photo of <mug>", whole), prompt(unet, "grass"), 1.0
+        )
+    with pytest.raises(CarrierMismatch, match="ConditioningAverage"):
+        sample(unet, mixed)
+    assert torch.equal(sample(unet, same), sample(unet, prompt(unet, "a photo of <mug>", whole)))
 
 
 def test_areas_ranges_and_combined_prompts(unet):
@@ -187,6 +219,33 @@ def test_areas_ranges_and_combined_prompts(unet):
         ]
         assert found and all(torch.allclose(b, v[0], atol=1e-6) for _, b in found)
     assert any(k.shape[1] == 154 for _, k, *_ in calls), "the joined prompt keeps its second half"
+
+
+@pytest.mark.parametrize("negative", ["", "ugly, " * 60])
+def test_a_controlnet_steers_and_the_contexts_stay(host, negative):
+    import comfy.controlnet
+    import nodes
+    from comfy.cldm.cldm import ControlNet
+
+    made = tiny("sd15")
+    config = {k: v for k, v in made.model.model.model_config.unet_config.items() if k != "out_channels"}
+    whole = concept(made, stages=2, roles=2)
+    with torch.inference_mode():
+        network = fill(ControlNet(hint_channels=3, **config), 9)
+        control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+        hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+        conditioning = prompt(made, "a photo of <mug>", whole)
+        (steered,) = nodes.ControlNetApply().apply_controlnet(conditioning, control, hint, 1.0)
+    found = []
+    for given in (conditioning, steered):
+        model, calls = recorded(made)
+        drawn = sample(made, given, prompt(made, negative), model=model)
+        found.append((drawn, [(key, value) for _, key, value, *_ in calls]))
+    (plain, before), (other, after) = found
+    assert torch.isfinite(other).all() and not near(other, plain)
+    assert len(before) == len(after)
+    for pair, again in zip(before, after, strict=True):
+        assert all(torch.equal(a.sort(0).values, b.sort(0).values) for a, b in zip(pair, again, strict=True))
 
 
 def test_batches_and_several_concepts(unet):
