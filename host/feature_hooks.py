@@ -128,7 +128,7 @@ def _reader(layer: torch.nn.Module, role: str) -> tuple[torch.nn.Module, Callabl
 
 def _modulated(block: torch.nn.Module, args: tuple, kwargs: dict, zeroed: tuple[int, ...]) -> torch.Tensor:
     """The picture's tokens [b, n, c] as they enter a DiT block: channels zeroed, normalised, scaled and shifted
-    (DiTF, arXiv 2503.18584)."""
+    (DiTF, arXiv 2505.18584)."""
     if hasattr(block, "x_block"):
         x = args[1]
         shift, scale = block.x_block.adaLN_modulation(kwargs["c"])[:, None].split(x.shape[-1], -1)[:2]

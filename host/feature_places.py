@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from ..carriers.errors import CarrierMismatch
-from .attention import chosen
 
 ROLES = ("query", "key", "value")
 PRESETS = ("DIFT", "PDM", "DIFT + PDM", "custom")
@@ -29,7 +28,7 @@ class Want(NamedTuple):
     name: str
     """``dift``, ``query``, ``key``, ``value`` or ``attention <word>``."""
     place: str
-    """A block, a self-attention, or for attention one of ``attention.LAYERS``."""
+    """A block, a self-attention, or for attention ``all``."""
     timestep: float
     """0 clean .. 999 (flow models: 1000 times sigma)."""
     noise: bool = True
@@ -89,13 +88,13 @@ def checked(model, wants: list[Want]) -> None:
         raise ValueError("A map is asked for twice; extract it at two timesteps in two nodes.")
     for want in wants:
         if want.name.startswith(ATTENTION):
-            chosen(want.place)
+            kind, known = "attention", ["all"]
+        elif want.name == "dift":
+            kind, known = "block", blocks_of(model)
         else:
-            kind, known = (
-                ("block", blocks_of(model)) if want.name == "dift" else ("self-attention", layers_with_attention(model))
-            )
-            if want.place not in known:
-                raise ValueError(f"The model has no {kind} {want.place!r}; it has: {', '.join(known)}.")
+            kind, known = "self-attention", layers_with_attention(model)
+        if want.place not in known:
+            raise ValueError(f"The model has no {kind} {want.place!r}; it has: {', '.join(known)}.")
         if not 0 <= want.timestep <= 1000 or want.ensemble < 1:
             raise ValueError(
                 f"Timestep {want.timestep:g} and ensemble {want.ensemble} are out of range; timesteps are 0 to 1000, "
@@ -138,10 +137,15 @@ def preset(
     DIFT: timestep 261 (Flux 260) with noise, 8 noises. PDM as Per-Query uses it: queries and keys of the last
     self-attention, timestep 999 (flow models 1000), no noise. custom: the block, queries, keys and values of the layer,
     and the words that are given, as DIFT where nothing else is. Words go with the last pass of a preset.
-    Raises: ValueError as ``checked`` does.
+    Raises: ValueError for a place that the preset does not read, and as ``checked`` does.
     """
     if name not in PRESETS:
         raise ValueError(f"Unknown preset {name!r}; known: {', '.join(PRESETS)}.")
+    for kind, place, reader in (("block", block, "DIFT"), ("layer", layer, "PDM")):
+        if place and reader not in name and name != "custom":
+            raise ValueError(
+                f"{kind} is {place!r}, and preset {name} reads no {kind}; choose DIFT + PDM or custom, or empty it."
+            )
     flow = not hasattr(network_of(model), "input_blocks")
 
     def made(kind, place, t, noisy, count, note):

@@ -15,7 +15,7 @@ from .learn import fingerprint
 from .loading import room
 from .positions import columns_of
 from .progress import Progress
-from .show import prompted, tap_of
+from .show import looked_at, prompted, tap_of
 
 ROWS = 8
 """Most latents per pass."""
@@ -133,18 +133,12 @@ def extracted(
 ) -> tuple[Features, str]:
     """Features and a report, for a node. ``words``: separated by commas; ``by_hand``: arguments of ``preset``.
 
-    Raises: ValueError when there is no picture; as ``extract`` does.
+    Raises: as ``looked_at`` and ``extract`` do.
     """
     wanted = list(dict.fromkeys(w.strip() for w in words.split(",") if w.strip()))
-    wants, pixels = preset(model, name, wanted, **by_hand), None
-    if image is not None and vae is not None:
-        multiple = int(vae.spacial_compression_encode())
-        pixels = [side // multiple * multiple for side in image.shape[1:3]]
-        latents = vae.encode(image[:, : pixels[0], : pixels[1], :3])
-    elif latent is not None:
-        latents = latent["samples"]
-    else:
-        raise ValueError("There is no picture to look at; connect image and vae, or latent.")
+    wants = preset(model, name, wanted, **by_hand)
+    latents, pictures = looked_at(image, vae, latent)
+    pixels = None if pictures is None else pictures.shape[1:3]
     features = extract(model, clip, latents, wants, text, concepts, seed, pixels)
     return features, report(features)
 

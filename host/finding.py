@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..carriers.features import Features
 from ..kernels import match as kernel
 from .feature_places import ROLES
-from .matching import both, covered, picture_of, points, side_by_side
+from .matching import both, covered, mask_of, picture_of, points, side_by_side
 from .overlays import overlay
 from .pictures import bars, batch
 
@@ -46,7 +46,7 @@ def centre(mask: torch.Tensor, features: Features) -> tuple[float, float]:
 
     Raises: ValueError for an empty one.
     """
-    one = (mask[0] if mask.ndim == 3 else mask).double().cpu().clamp(0, 1)
+    one = mask_of(mask).double().cpu().clamp(0, 1)
     total = float(one.sum())
     if total < 1e-6:
         raise ValueError("The mask is empty, so there is no point; paint a dot into it, or disconnect it and set x, y.")
@@ -149,11 +149,16 @@ def at_cells(grid: torch.Tensor, cells: torch.Tensor, like: torch.Tensor) -> tor
 
 
 def transferred(first: Features, second: Features, name: str, mask: torch.Tensor) -> torch.Tensor:
-    """MASK [n, H, W] of the second features' pictures: where the first picture's ``mask`` is in each of them."""
+    """MASK [n, H, W] of the second features' pictures: where the first picture's ``mask`` is in each of them.
+
+    Raises: ValueError for an empty mask, and as ``both`` does.
+    """
+    if not bool((mask_of(mask) > 0).any()):
+        raise ValueError("The mask is empty, so there is nothing to find; paint the part into it.")
     found = []
     for number in range(len(second.map(name))):
         a, b = both(first, second, name, 0, number)
-        own = F.interpolate(mask[:1, None].float(), a.shape[-2:], mode="area")[0, 0]
+        own = F.interpolate(mask_of(mask)[None, None].float(), a.shape[-2:], mode="area")[0, 0]
         soft = kernel.transfer(own, a, b)
         size = (second.height, second.width)
         found.append(F.interpolate(soft[None, None], size, mode="bilinear", align_corners=False)[0, 0])

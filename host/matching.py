@@ -53,6 +53,18 @@ def grid_of(features: Features, name: str, picture: int) -> torch.Tensor:
 def both(first: Features, second: Features, name: str, one: int, two: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The maps of both pictures. Raises: CarrierMismatch when they cannot be compared."""
     a, b = grid_of(first, name, one), grid_of(second, name, two)
+    if len(a) == 1:
+        raise CarrierMismatch(
+            f"{name} says how much a cell belongs to a word, one number each, so no two cells differ by their cosine; "
+            "choose dift, query, key or value."
+        )
+    sources = [(f.info.get("base"), f.info.get("sources", {}).get(name, {}).get("layer")) for f in (first, second)]
+    for what, *values in zip(("model", "layer"), *sources, strict=True):
+        if None not in values and values[0] != values[1]:
+            raise CarrierMismatch(
+                f"{name} comes from {what} {values[0]} in the first features and from {values[1]} in the second; "
+                "extract both with the same model, block and layer."
+            )
     if len(a) != len(b):
         raise CarrierMismatch(
             f"{name} has {len(a)} channels in the first features and {len(b)} in the second; extract both with the "
@@ -61,14 +73,25 @@ def both(first: Features, second: Features, name: str, one: int, two: int) -> tu
     return a, b
 
 
-def covered(mask: torch.Tensor | None, like: torch.Tensor, which: str) -> torch.Tensor | None:
-    """Cells [h * w] of the grid ``like`` [c, h, w] that a MASK [1 or n, H, W] covers by half.
+def mask_of(mask: torch.Tensor, picture: int = 0) -> torch.Tensor:
+    """The [H, W] of one picture in a MASK [H, W] or [n, H, W]; a single one is every picture's.
 
-    Raises: ValueError when it covers none.
+    Raises: ValueError when there are several and none for this picture.
+    """
+    several = mask if mask.ndim == 3 else mask[None]
+    if 1 < len(several) <= picture:
+        raise ValueError(f"There is no mask for picture {picture}; the masks are {len(several)}, counted from 0.")
+    return several[picture if len(several) > 1 else 0]
+
+
+def covered(mask: torch.Tensor | None, like: torch.Tensor, which: str, picture: int = 0) -> torch.Tensor | None:
+    """Cells [h * w] of the grid ``like`` [c, h, w] that a picture's MASK covers by half.
+
+    Raises: ValueError when it covers none, and as ``mask_of`` does.
     """
     if mask is None:
         return None
-    one = mask[0] if mask.ndim == 3 else mask
+    one = mask_of(mask, picture)
     cells = F.interpolate(one[None, None].float(), like.shape[-2:], mode="area").flatten() > 0.5
     if not bool(cells.any()):
         raise ValueError(
@@ -91,11 +114,14 @@ def matches(first, second, name, pictures=(0, 0), masks=(None, None), *, mutual,
     Raises: ValueError when nothing is left, and as ``both`` and ``covered`` do.
     """
     a, b = both(first, second, name, *pictures)
-    inside = [covered(m, g, w) for m, g, w in zip(masks, (a, b), ("first", "second"), strict=True)]
+    inside = [covered(*parts) for parts in zip(masks, (a, b), ("first", "second"), pictures, strict=True)]
     flat = [g.flatten(1).T for g in (a, b)]
     found = kernel.match(*flat, mutual=mutual, minimum=minimum, best=best, first_mask=inside[0], second_mask=inside[1])
     if not len(found.first):
-        raise ValueError(f"No pair has a cosine of {minimum:g} or more; lower minimum_score or mutual.")
+        raise ValueError(
+            f"No pair{' that is mutual' if mutual else ''} has a cosine of {minimum:g} or more; lower minimum_score"
+            f"{', turn mutual off' if mutual else ''}, or paint larger masks."
+        )
     y, x = (found.second // b.shape[2]).float(), (found.second % b.shape[2]).float()
     if finer:
         y, x = kernel.refine(found, flat[0], b).unbind(1)

@@ -11,9 +11,7 @@ def sources() -> list:
         Features.Input("first", tooltip="Features of the picture that is matched or masked."),
         Features.Input("second", tooltip="Features of the other picture, extracted in the same way."),
         io.String.Input(
-            "kind",
-            default="dift",
-            tooltip="Which map: dift, query, key, value, or: attention and a word of the prompt.",
+            "kind", default="dift", tooltip="Which map: dift (what a part is), or query, key, value (how it looks)."
         ),
     ]
 
@@ -93,7 +91,7 @@ class MatchFeatures(io.ComfyNode):
         how["minimum"] = how.pop("minimum_score")
         found = matching.matches(first, second, kind.strip(), which, (first_mask, second_mask), **how)
         images = [
-            None if given is None else given[min(n, len(given) - 1)]
+            None if given is None or 1 < len(given) <= n else given[n if len(given) > 1 else 0]
             for given, n in zip((first_image, second_image), which, strict=True)
         ]
         text = f"{len(found.score)} pairs, cosine {found.score[0]:.3f} to {found.score[-1]:.3f}"

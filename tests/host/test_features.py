@@ -322,6 +322,9 @@ def test_wrong_names_list_those_there_are(made):
         preset(made.model, "custom", [])
     with pytest.raises(ValueError, match="out of range"):
         preset(made.model, "PDM", [], timestep=1001)
+    for name, place in (("PDM", "block"), ("DIFT", "layer")):
+        with pytest.raises(ValueError, match=f"preset {name} reads no {place}"):
+            preset(made.model, name, [], **{place: "output_blocks.1"})
     with pytest.raises(ValueError, match="asked for twice"):
         extract(made, wanted(made, "dift", "dift"))
     with pytest.raises(ValueError, match="does not hold cat"):

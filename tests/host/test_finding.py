@@ -157,3 +157,13 @@ def test_looks_of_a_finer_grid_are_read_at_the_same_places():
     assert abs(ranked(both, swapped, None).order[0][1]) < 0.2
     plain = ranked(both, Features(made, 24, 80), None)
     assert plain.maps == ["dift"] and "by dift" in plain.text() and plain.chart().shape[-1] == 3
+
+
+def test_an_empty_mask_is_no_part(moved):
+    from concepts.host.finding import transferred
+
+    with pytest.raises(ValueError, match="nothing to find"):
+        transferred(*moved, "dift", torch.zeros(1, 24, 80))
+    flat = torch.zeros(24, 80)
+    flat[8:12, 24:32] = 1
+    assert torch.equal(transferred(*moved, "dift", flat), transferred(*moved, "dift", flat[None]))

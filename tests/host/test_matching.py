@@ -77,3 +77,39 @@ def test_tracks_lead_from_first_to_second_points(moved):
     assert path.shape == (5, 60, 2) and seen.shape == (5, 60) and seen.all()
     assert torch.equal(path[0], found.first) and torch.allclose(path[-1] * 2, found.second)
     assert torch.allclose(path[2], (path[0] + path[-1]) / 2)
+
+
+def test_every_picture_has_its_own_mask(moved):
+    from concepts.host.matching import matches
+
+    first, second = moved
+    pair = Features({"dift": torch.cat([first.maps["dift"], second.maps["dift"]])}, 24, 80)
+    masks = torch.zeros(2, 24, 80)
+    masks[0, :, 40:48], masks[1, :, 8:16] = 1, 1
+    for picture, column in ((0, 44.0), (1, 12.0)):
+        found = matches(pair, second, "dift", (picture, 0), masks=(masks, None), **HOW)
+        assert set(found.first[:, 0].tolist()) == {column}
+        alone = matches(pair, second, "dift", (picture, 0), masks=(masks[:1], None), **HOW)
+        assert set(alone.first[:, 0].tolist()) == {44.0}, "a single mask is every picture's"
+    with pytest.raises(ValueError, match="no mask for picture 2"):
+        three = Features({"dift": torch.cat([first.maps["dift"]] * 3)}, 24, 80)
+        matches(three, second, "dift", (2, 0), masks=(masks, None), **HOW)
+
+
+def test_maps_that_only_look_alike_are_refused(moved):
+    from concepts.host.matching import matches
+
+    first, _ = moved
+    looks = Features({"attention mug": torch.rand(1, 1, 6, 10)}, 24, 80)
+    with pytest.raises(CarrierMismatch, match="one number each"):
+        matches(looks, looks, "attention mug", **HOW)
+    here = {"base": "a", "sources": {"dift": {"layer": "output_blocks.5", "timestep": 261}}}
+    known = Features(first.maps, 24, 80, here)
+    for there, message in (
+        ({**here, "base": "b"}, "from model a in the first features and from b"),
+        ({**here, "sources": {"dift": {"layer": "output_blocks.4"}}}, "from layer output_blocks.5"),
+    ):
+        with pytest.raises(CarrierMismatch, match=message):
+            matches(known, Features(first.maps, 24, 80, there), "dift", **HOW)
+    later = {**here, "sources": {"dift": {"layer": "output_blocks.5", "timestep": 400}}}
+    assert len(matches(known, Features(first.maps, 24, 80, later), "dift", **HOW).score) == 60
