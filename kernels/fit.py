@@ -139,11 +139,14 @@ def fit(
     *,
     accumulate: int = 1,
     state: Mapping[str, torch.Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Iterator[Step]:
     """Learns ``parameters`` in place and yields after every step, when everything is consistent.
 
     ``loss_of(parameters, step, micro)`` returns a scalar that is differentiable in the parameters; all its randomness
     must depend on (step, micro) alone. ``state`` continues an earlier run: N + M steps equal one run of N + M.
+    ``scale``: a power of two that the loss is multiplied by on its way back, so that gradients stay above the smallest
+    numbers of fp16 (arXiv 1710.03740); a step whose gradient then is not finite is taken again with less.
     Whatever ends the loop from outside (an interrupt, an error inside ``loss_of``) leaves the last finished step.
     Raises: Diverged when a loss or a gradient is not finite; ValueError when ``state`` belongs to another optimiser.
     """
@@ -158,20 +161,26 @@ def fit(
             )
         fresh = {k: v.clone() for k, v in state.items()}
     done = int(fresh["step"])
-    for number in range(done, done + steps):
+    last = done + steps
+    while done < last:
         total = 0.0
         try:
             for micro in range(accumulate):
-                loss = loss_of(parameters, number, micro) / accumulate
-                loss.backward()
+                loss = loss_of(parameters, done, micro) / accumulate
+                (loss * scale).backward()
                 total += float(loss.detach())
             grads = [p.grad for p in parameters.values()]
             if not all(g is not None and bool(torch.isfinite(g).all()) for g in grads) or total - total != 0:
-                raise Diverged(f"The loss or its gradient is not finite at step {number + 1} (loss {total}).")
+                if scale > 1 and total - total == 0:
+                    scale = max(1.0, scale / 16)
+                    continue
+                raise Diverged(f"The loss or its gradient is not finite at step {done + 1} (loss {total}).")
             with torch.no_grad():
+                torch._foreach_div_(grads, scale)
                 fresh["step"] += 1
                 optimiser.update(parameters, fresh)
         finally:
             for parameter in parameters.values():
                 parameter.grad = None
-        yield Step(number + 1, total, parameters, fresh)
+        done += 1
+        yield Step(done, total, parameters, fresh)

@@ -170,3 +170,32 @@ def test_state_of_another_optimiser_is_refused():
     step = next(fit(start(), noisy, Adam(0.1), 1))
     with pytest.raises(ValueError, match="does not belong"):
         next(fit(start(), noisy, Sphere({}, 0.1), 1, state=step.state))
+
+
+def test_a_scaled_loss_gives_the_same_steps_bit_for_bit():
+    whole, losses = run(Adam(0.03, clip=0.3), 9, accumulate=2)
+    parameters = start()
+    again = [s.loss for s in fit(parameters, noisy, Adam(0.03, clip=0.3), 9, accumulate=2, scale=4096.0)]
+    assert losses == again and all(torch.equal(whole[k], parameters[k]) for k in whole)
+
+
+def test_small_gradients_pass_half_precision_when_scaled():
+    def halved(parameters, step, micro):
+        return (parameters["a"].half().float() * 2e-8).sum()
+
+    lost, kept = {"a": torch.ones(2, 6)}, {"a": torch.ones(2, 6)}
+    next(fit(lost, halved, Adam(0.03), 1))
+    next(fit(kept, halved, Adam(0.03), 1, scale=4096.0))
+    assert bool((lost["a"] == 1).all()) and bool((kept["a"] < 0.985).all())
+
+
+def test_a_gradient_that_scaling_made_infinite_is_taken_again_with_less():
+    def steep(parameters, step, micro):
+        return (parameters["a"].half().float() * 30.0).sum()  # times 4096 is beyond fp16
+
+    plain, scaled = {"a": torch.ones(2, 6)}, {"a": torch.ones(2, 6)}
+    expected = [s.loss for s in fit(plain, steep, Adam(0.03), 3)]
+    assert [s.loss for s in fit(scaled, steep, Adam(0.03), 3, scale=4096.0)] == expected
+    assert torch.equal(plain["a"], scaled["a"])
+    with pytest.raises(Diverged):
+        next(fit(start(), lambda p, s, m: (p["a"] * float("inf")).sum() + noisy(p, s, m), Adam(0.03), 1, scale=4096.0))
