@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from .draws import linear_start
 from .sae import Coder, normed
 
 READING = ("weight", "bias", "threshold")
@@ -57,14 +58,11 @@ def start(
 ) -> dict[str, torch.Tensor]:
     """First weights, fp32: hidden layers as torch's Linear, gates around 1, output layers zero."""
 
-    def uniform(*shape: int) -> torch.Tensor:
-        return (2 * torch.rand(shape, generator=draw) - 1) / inputs**0.5
-
     made = {}
     for part in ("shared", "block"):
-        made[f"{part}.in.weight"] = uniform(hidden, inputs)
+        made[f"{part}.in.weight"] = linear_start((hidden, inputs), inputs, draw)
         if biases:
-            made[f"{part}.in.bias"] = uniform(hidden)
+            made[f"{part}.in.bias"] = linear_start((hidden,), inputs, draw)
         if part == "block":
             made["block.gate"] = 1 + 0.1 * torch.randn(blocks, hidden, generator=draw)
         made[f"{part}.out.weight"] = torch.zeros(outputs, hidden)

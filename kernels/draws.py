@@ -42,3 +42,8 @@ def split_times(count: int, border: float, share: float, draw: torch.Generator) 
     above = torch.rand(count, generator=draw, dtype=torch.float64) < share
     u = torch.rand(count, generator=draw, dtype=torch.float64)
     return torch.where(above, border + (1 - border) * u, border * u)
+
+
+def linear_start(shape: tuple[int, ...], inputs: int, draw: torch.Generator) -> torch.Tensor:
+    """First weights or biases of a layer that reads ``inputs`` numbers, as torch's Linear draws them."""
+    return (2 * torch.rand(shape, generator=draw) - 1) / inputs**0.5

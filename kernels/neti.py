@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import layer_norm, leaky_relu, linear
 
+from .draws import linear_start
+
 STEPS = 1000
 """Length of the noise schedule in the units of ``times``; the encoding's frequencies are made for it."""
 ANCHORS, HIDDEN, FREQUENCIES = 10, 128, 1024
@@ -45,18 +47,18 @@ def start(
         frequencies = torch.randn(count, 2, generator=draw) * torch.tensor([SIGMA_TIME, SIGMA_LAYER])
     times = torch.arange(anchors).repeat_interleave(layers) * (STEPS / anchors)
     weight = encode(frequencies, times, torch.arange(layers).repeat(anchors))
-    made = {FIXED: frequencies, "input.weight": weight, "input.bias": _uniform((len(weight),), weight.shape[1], draw)}
+    made = {
+        FIXED: frequencies,
+        "input.weight": weight,
+        "input.bias": linear_start((len(weight),), weight.shape[1], draw),
+    }
     sizes = (("hidden1", len(weight), hidden), ("hidden2", hidden, hidden), ("output", hidden, 2 * width))
     for name, before, after in sizes:
-        made[f"{name}.weight"] = _uniform((after, before), before, draw)
-        made[f"{name}.bias"] = _uniform((after,), before, draw)
+        made[f"{name}.weight"] = linear_start((after, before), before, draw)
+        made[f"{name}.bias"] = linear_start((after,), before, draw)
     for name in ("norm1", "norm2"):
         made |= {f"{name}.weight": torch.ones(hidden), f"{name}.bias": torch.zeros(hidden)}
     return {part: made[part] for part in PARTS}
-
-
-def _uniform(shape: tuple[int, ...], inputs: int, draw: torch.Generator) -> torch.Tensor:
-    return (2 * torch.rand(shape, generator=draw) - 1) / inputs**0.5
 
 
 def truncation(rows: int, hidden: int, draw: torch.Generator, chance: float = DROPOUT) -> torch.Tensor:

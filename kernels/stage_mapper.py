@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from .draws import linear_start
+
 HEAD = 64
 """Largest width of a head."""
 WIDE = 1024
@@ -25,7 +27,7 @@ def start(width: int, stages: int, roles: int, draw: torch.Generator) -> dict[st
     inner = width * (4 if width <= WIDE else 1)
 
     def linear(out: int, inputs: int) -> torch.Tensor:
-        return (2 * torch.rand(out, inputs, generator=draw) - 1) / inputs**0.5
+        return linear_start((out, inputs), inputs, draw)
 
     found = {}
     for part in ("attention1", "attention2"):
