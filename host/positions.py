@@ -7,12 +7,10 @@ import torch
 
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
-from .text import PLACEHOLDER, Encoder, concept_rows, encoders, fill, with_rows
+from .captions import STRIDE
+from .text import PLACEHOLDER, Encoder, concept_rows, encoders, fill, named_rows, with_rows
 from .variants import layers_of
 from .words import placed, unmarked
-
-CHUNK = 77
-"""Tokens of one piece of a CLIP prompt."""
 
 
 def aligned(encoder: Encoder, tokens: Mapping, reference: Mapping) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
@@ -61,19 +59,38 @@ def read_from(model, clip) -> list[Encoder]:
     )
 
 
+def learned_columns(model, clip, tokens: Mapping) -> torch.Tensor | None:
+    """Columns [1, m, 1] of the learned rows in a token dict of ``captions.Prompts``: the mean over those of its first
+    mark; None where the context shows none of them. Raises: CarrierMismatch as ``read_from`` does."""
+    rows, total = [], 0
+    for encoder in read_from(model, clip):
+        words, _, length = placed(encoder, tokens, total)
+        rows += [row for token, row in words if torch.is_tensor(token) and float(token[0]) < STRIDE]
+        total += length
+    columns = torch.zeros(1, total, 1)
+    columns[0, rows] = 1 / max(1, len(rows))
+    return columns if rows else None
+
+
 def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str]) -> torch.Tensor:
     """Columns [1, m, words] of a prompt's words: each the mean over the rows of the word's pieces and occurrences.
 
     ``wanted``: plain words of the prompt, or ``<name>`` of a concept. Raises: ValueError for a word that is not there.
     """
     used, names, table = read_from(model, clip), {}, {}
-    text, concepts = unmarked(text)[0], [c for c in concepts if c.kind != "modulation"]
-    for number, concept in enumerate(concepts):
-        names[concept.name] = f"embedding:place-{number}"
+    text = unmarked(text)[0]
+    by_name = {c.name: c for c in concepts if c.kind != "modulation" and f"<{c.name}>" in text}
+    for number, (name, concept) in enumerate(by_name.items()):
+        held = named_rows(concept)
+        if held is None:
+            names[name] = concept.info.get("token_text") or name
+            continue
+        names[name] = f"embedding:place-{number}"
         table[f"place-{number}"] = {
-            key: torch.full(rows.shape[-2:], float(number)) for key, rows in concept_rows(clip, concept).items()
+            key: torch.full(rows.shape[-2:], float(number)) for key, rows in concept_rows(clip, held).items()
         }
     marking = with_rows(clip, table) if table else clip
+    marks = {f"embedding:{place}": int(place.removeprefix("place-")) for place in table}
     tokens = marking.tokenize(fill(text, names))
     rows: dict[str, list[int]] = {word: [] for word in wanted}
     total = 0
@@ -83,11 +100,12 @@ def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str
         ids = [int(t) if not torch.is_tensor(t) else ("concept", int(t[0])) for t, _ in words]
         for word in wanted:
             name = PLACEHOLDER.fullmatch(word)
-            if name and name[1] in names:
-                mine = ("concept", list(names).index(name[1]))
+            shown = names.get(name[1]) if name else None
+            if shown in marks:
+                mine = ("concept", marks[shown])
                 rows[word] += [row for i, (_, row) in zip(ids, words, strict=True) if i == mine]
                 continue
-            pieces = encoder.ids(unmarked(word)[0])
+            pieces = encoder.ids(shown or unmarked(word)[0])
             for start in range(len(ids) - len(pieces) + 1):
                 if pieces and ids[start : start + len(pieces)] == pieces:
                     rows[word] += [row for _, row in words[start : start + len(pieces)]]

@@ -10,11 +10,11 @@ from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from ..kernels.draws import generator
 from .attention import AttentionTap, JointTap, Layer, maps_of
-from .denoise import Denoiser, sigmas_at
+from .denoise import Denoiser, noise_time, sigmas_at
 from .modulation import ALONE
 from .overlays import background, grid, mask_of
 from .positions import columns_of
-from .text import encode_prompt
+from .text import encode_prompt, named_rows
 from .variants import layers_of
 
 
@@ -75,8 +75,8 @@ def look(
         raise ValueError(f"Noise levels are {', '.join(map(str, times)) or 'missing'}; write times from 0 to 1.")
     columns = columns_of(model, clip, text, concepts, words)
     entry, change = prompted(clip, text, concepts, columns)
-    used = [c for c in concepts if f"<{c.name}>" in text]
-    stages = max([1, *(v.shape[0] for c in used for v in c.tensors.values())])
+    used = [named_rows(c) for c in concepts if c.kind != "modulation" and f"<{c.name}>" in text]
+    stages = max([1, *(v.shape[0] for c in used if c for v in c.tensors.values())])
     comfy.model_management.load_models_gpu([model], memory_required=model.memory_required([1, *latent.shape]))
     found = []
     with torch.no_grad():
@@ -87,9 +87,29 @@ def look(
             noise = torch.randn(clean.shape, generator=generator(seed, number, "looks")).to(d.device)
             tap = tap_of(model, columns, clean)
             d(d.noised(clean, noise, sigma), sigma, [entry], lambda options, tap=tap: tap.change(change(options)))
-            stage = f"stage {min(stages - 1, int(time * stages)) + 1} of {stages}" if stages > 1 else ""
+            known = min(stages - 1, int(float(noise_time(d.sampling, sigma)) * stages))
+            stage = f"stage {known + 1} of {stages}" if stages > 1 else ""
             found.append(Looks(time, stage, {k: v[0].float().cpu() for k, v in tap.take().items()}))
     return found
+
+
+def looked_at(image, vae, latent: dict | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """VAE latents [n, c, h, w] of a node's IMAGE or LATENT, and the pictures [n, H, W, 3] as they were encoded.
+
+    Raises: ValueError when none is connected, both are, or the VAE is missing.
+    """
+    if image is None and latent is None:
+        raise ValueError("There is no picture to look at; connect image and vae, or latent.")
+    if image is not None and latent is not None:
+        raise ValueError("Both image and latent are connected, and one of them is looked at; disconnect the other.")
+    if image is None:
+        return latent["samples"], None
+    if vae is None:
+        raise ValueError("image needs the model's vae; connect it.")
+    multiple = int(vae.spacial_compression_encode())
+    height, width = (side // multiple * multiple for side in image.shape[1:3])
+    pictures = image[:, :height, :width, :3]
+    return vae.encode(pictures), pictures
 
 
 def tap_of(model, columns: torch.Tensor, latent: torch.Tensor) -> AttentionTap | JointTap:
@@ -114,16 +134,12 @@ def shown(model, clip, text, concepts, words: str, levels: str, seed: int, image
         times = [float(t) for t in levels.split(",") if t.strip()]
     except ValueError as error:
         raise ValueError(f"Noise levels are numbers from 0 to 1 separated by commas, not {levels!r}.") from error
-    if image is not None and vae is not None:
-        multiple = int(vae.spacial_compression_encode())
-        height, width = (side // multiple * multiple for side in image.shape[1:3])
-        picture = image[0, :height, :width, :3]
-        found = vae.encode(picture[None])[0]
-    elif latent is not None:
-        found = latent["samples"][0]
-        picture = vae.decode(found[None])[0] if vae is not None else None
-    else:
-        raise ValueError("There is no picture to look at; connect image and vae, or latent.")
+    latents, picture = looked_at(None if image is None else image[:1], vae, latent)
+    found = latents[0]
+    if picture is not None:
+        picture = picture[0]
+    elif vae is not None:
+        picture = vae.decode(found[None])[0]
     looks = look(model, clip, found, text, concepts, names, times, seed)
     if picture is None:
         picture = background(model.model.latent_format, model.model.process_latent_in(found[None]))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierMismatch
 
 from .test_variants import concept
@@ -45,6 +46,34 @@ def test_stages_change_with_the_time(made):
     found = look(made, ["<mug>"], (0.2, 0.8), stages=2)
     assert [one.stage for one in found] == ["stage 1 of 2", "stage 2 of 2"]
     assert any(not torch.equal(a, b) for a, b in zip(found[0].maps.values(), found[1].maps.values(), strict=True))
+
+
+def test_stages_are_those_that_the_noise_level_chooses():
+    """SD3 shifts its times: 0.3 is sampled at a noise level of 0.56, in the second of two stages."""
+    made = tiny("sd3")
+    made.model.model.model_sampling.set_parameters(shift=3.0)
+    assert [one.stage for one in look(made, ["<mug>"], (0.2, 0.3), stages=2)] == ["stage 1 of 2", "stage 2 of 2"]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_concepts_of_any_kind_are_looked_at(family, mug_set):
+    from concepts.host.show import look as looking
+
+    from .test_lora import random_delta
+    from .test_neti import learn, pictures
+
+    made = tiny(family)
+    without = random_delta(made.model)
+    bundle = {f"bundle_emb.mug.{key}": rows for key, rows in concept(made).tensors.items()}
+    with_rows = Concept("mug", "delta", {**without.tensors, **bundle})
+    mapper = learn(made.model, made.clip, pictures(made), steps=1).concept
+    for used, stages in ((mapper, 10), (with_rows, 1), (without, 1)):
+        text = f"a photo of <{used.name}> on grass"
+        with torch.inference_mode():
+            (found,) = looking(made.model, made.clip, made.latent, text, [used], [f"<{used.name}>"], [0.45], 0)
+            (beside,) = looking(made.model, made.clip, made.latent, "grass", [used], ["grass"], [0.45], 0)
+        assert found.maps and all(bool((seen > 0).all()) for seen in found.maps.values())
+        assert found.stage == (f"stage {stages // 2} of {stages}" if stages > 1 else "") and beside.maps
 
 
 def test_wrong_words_and_times_are_named(made):
@@ -121,6 +150,8 @@ def test_a_latent_will_do_and_a_picture_is_needed(toy, scene):
             assert torch.isfinite(image).all()
         for changes, message in (
             ({}, "connect image and vae, or latent"),
+            ({"image": scene[0]}, "needs the model's vae"),
+            ({"image": scene[0], "vae": toy[2], "latent": latent}, "disconnect the other"),
             ({"words": " ,"}, "no word to show"),
             ({"levels": "half"}, "not 'half'"),
         ):

@@ -32,6 +32,25 @@ def test_it_is_small_enough_and_samples_with_stock_nodes(made):
     assert not torch.equal(found, sample(made, prompt(made, "a fish"), steps=2))
 
 
+def test_the_hosts_flux_nodes_take_it(host):
+    """A shifted schedule is sampled, and the preview is a picture of the toy VAE's colours."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingFlux
+
+    from concepts.host.progress import Progress
+    from concepts.nodes.toy import LoadToyWorld
+
+    from .test_variants import prompt, sample
+
+    with torch.inference_mode():
+        model, clip, _ = LoadToyWorld.execute("Flux").result
+        (shifted,) = ModelSamplingFlux().patch(model, 1.15, 0.5, 1024, 1024)
+    packed = Tiny(model, clip, torch.zeros(12, 16, 16))
+    plain, moved = (sample(packed, prompt(packed, "a fish"), steps=3, model=m) for m in (model, shifted))
+    assert bool(moved.isfinite().all()) and not torch.equal(plain, moved)
+    _, picture, _ = Progress(1, model).previewer.decode_latent_to_preview_image("JPEG", moved)
+    assert min(picture.size) >= 16 and max(high - low for low, high in picture.getextrema()) > 30
+
+
 def test_words_have_maps_and_places(made):
     from concepts.host.modulation import chosen_blocks
     from concepts.host.show import look
