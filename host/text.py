@@ -1,8 +1,9 @@
 """Text encoders of a connected CLIP: their vocabularies, and prompts with learned rows in them (comfy/sd1_clip.py)."""
 
 import copy
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,8 @@ def start_rows(encoder: Encoder, init: str, text: str, count: int, draw: torch.G
     words = encoder.rows(text)
     if not len(words):
         raise ValueError(
-            f"There is no word to start from in {text!r}; write a class word such as 'mug', or choose random."
+            f"There is no word to start from in {text!r}; write a class word such as 'mug'. Learn Concept Tokens can "
+            "also start at random."
         )
     if init == "word" or len(words) == 1:
         rows = words.mean(0, keepdim=True).expand(count, -1)
@@ -165,11 +167,16 @@ def as_tokens(concept: Concept) -> Concept | None:
     return Concept(concept.name, "tokens", rows, concept.info) if rows else None
 
 
+def named_rows(concept: Concept) -> Concept | None:
+    """As ``as_tokens``, also for a mapper: its reading at every part of the noise schedule."""
+    return as_tokens(read(concept)[0] if concept.kind == "mapper" else concept)
+
+
 def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, torch.Tensor]:
     """Rows [stages, layers, roles, n, width] per encoder key for one concept in this CLIP, fp32.
 
-    Encoders it never learned get its plain word, [1, 1, 1, n, width].
-    Raises: CarrierMismatch naming both sides when a width differs or no encoder fits.
+    Encoders that did not learn get its plain word, [1, 1, 1, n, width]; nothing for a residual.
+    Raises: CarrierMismatch naming both sides when a width differs, no encoder fits, or one was not there in learning.
     """
     here = encoders(clip)
     fits = {e.key for e in here} & set(concept.tensors)
@@ -178,10 +185,20 @@ def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, tor
             f"Concept <{concept.name}> holds {_sizes(concept)}, this CLIP has "
             f"{_widths(here)}; learn it again with this model, or connect the model it was learned on."
         )
-    rows = {}
+    there, rows = concept.info.get("clip"), {}
+    lost = [e.key for e in here if e.key not in concept.tensors and e.key not in (there or ())]
+    if lost and there:
+        raise CarrierMismatch(
+            f"Concept <{concept.name}> was learned with {', '.join(there)}, and {', '.join(lost)} of this CLIP would "
+            "read a plain word in its place. Learn it again with this model, or connect the model it was learned on."
+        )
+    if lost:
+        logging.warning(
+            "concept-carriers: <%s> holds nothing for %s, which reads its plain word", concept.name, ", ".join(lost)
+        )
     for encoder in here:
         if encoder.key not in concept.tensors:
-            text = concept.info.get("init_text") or "thing"
+            text = "" if "residual_of" in concept.info else concept.info.get("init_text") or "thing"
             rows[encoder.key] = encoder.rows(text)[None, None, None]
             continue
         learned = concept.tensors[encoder.key]
@@ -223,6 +240,7 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached
             )
         by_name[concept.name] = (concept, strength)
     text, marks = words.unmarked(text)
+    misspelt(text, by_name)
     marked_words = words.taught(marks, by_name)
     wanted = list(dict.fromkeys(PLACEHOLDER.findall(text)))
     unknown = [f"<{n}>" for n in wanted if n not in by_name]
@@ -286,6 +304,16 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached
     if not marked_words:
         return done
     return modulated(clip, done, marked_words, text, lambda t: used.tokenize(fill(t, names)), cached)
+
+
+def misspelt(text: str, names: Iterable[str]) -> None:
+    """Raises: ValueError for what is nearly a mark of a connected concept and would be read as plain text."""
+    for match in re.finditer(r"<\s*([A-Za-z0-9_-]{1,64})\s*:[^<>]*>", text):
+        if match[1] in names:
+            raise ValueError(
+                f"{match[0]} would be read as plain text; write <{match[1]}>, or for one word of it <{match[1]}:word> "
+                f"or <{match[1]}:word:0.8>."
+            )
 
 
 def end_to_end(many: list[dict]) -> dict:

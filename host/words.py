@@ -31,7 +31,10 @@ READINGS = {"dense": lambda concept, word, features: dense(features), "codes": _
 """What a concept's network reads of rows [pieces, width] of the context, by the name in ``info["input"]``: functions
 (concept, word, rows) -> [pieces, inputs]."""
 CAPTION = re.compile(r"\[(?P<word>[^\[\]<>:]{1,64})\]")
-PROMPT = re.compile(r"<(?P<name>[A-Za-z0-9_-]{1,64}):(?P<word>[^\[\]<>:]{1,64})(?::(?P<strength>[-+]?\d+(?:\.\d*)?))?>")
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+PROMPT = re.compile(
+    rf"<(?P<name>[A-Za-z0-9_-]{{1,64}}):\s*(?P<word>[^\[\]<>:]{{1,64}}?)\s*(?::\s*(?P<strength>{NUMBER})\s*)?>"
+)
 OTHERS = ("cat", "house", "seven")
 """Words to exchange a word with; a token that it shares with one of them it does not share with all."""
 

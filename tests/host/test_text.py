@@ -1,5 +1,7 @@
 """Prompts with concepts: equal to the stock encoder where nothing is learned, and to a stock embedding where it is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -150,3 +152,38 @@ def test_every_family_lists_its_encoders(host):
         and set(keys["flux"]) == {"clip_l", "t5xxl"}
     )
     assert len(keys["sd2"]) == 1 and set(keys["sd3"]) >= {"clip_l", "clip_g"}
+
+
+@pytest.mark.parametrize("text", ["a <mug:hat:0,8>", "a <mug:>", "a < mug:hat:x > on sand"])
+def test_what_is_nearly_a_mark_is_no_plain_text(family, text):
+    with pytest.raises(ValueError, match="would be read as plain text; write <mug>"):
+        ours(family, text, concept(family))
+    assert equal(ours(family, text), stock(family, text)), "without the concept it is text like any other"
+
+
+def test_an_encoder_that_was_not_there_in_learning_is_named(family):
+    from concepts.host.text import encoders
+
+    keys = [e.key for e in encoders(family)]
+    known = concept(family)
+    part = replace(known, tensors={keys[0]: known.tensors[keys[0]]}, info={"init_text": "mug", "clip": keys})
+    if len(keys) == 1:
+        assert ours(family, "a <mug>", part)
+        return
+    ours(family, "a <mug>", part)  # it was there and nothing was learned for it
+    with pytest.raises(CarrierMismatch, match=f"learned with {keys[0]}, and .*{keys[1]}"):
+        ours(family, "a <mug>", replace(part, info={"clip": keys[:1]}))
+
+
+def test_a_residual_is_nothing_to_encoders_it_never_learned(family):
+    from concepts.host.text import concept_rows, encoders
+
+    keys = [e.key for e in encoders(family)]
+    whole = concept(family, name="residual1")
+    facts = {"residual_of": "mug", "clip": keys}
+    part = replace(whole, tensors={keys[-1]: whole.tensors[keys[-1]]}, info=facts)
+    rows = concept_rows(family, part)
+    assert [rows[k].shape[-2] for k in keys] == [0] * (len(keys) - 1) + [2]
+    if len(keys) > 1:
+        alone, without = ours(family, "a <residual1>", part), stock(family, "a ")
+        assert len(alone) == len(without)

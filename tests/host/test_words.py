@@ -108,6 +108,9 @@ def test_marks_are_read_and_taken_out():
     plain, marks = unmarked("A girl with a [Computer  Mouse] and [hat].", CAPTION)
     assert plain == "A girl with a Computer  Mouse and hat."
     assert [(m.word, plain[m.start : m.end]) for m in marks] == [("computer mouse", "Computer  Mouse"), ("hat", "hat")]
+    plain, marks = unmarked("<a: red hat >, <b:hat: .8 > <b:hat:0,8>")
+    assert plain == "red hat, hat <b:hat:0,8>"
+    assert [(m.word, m.strength) for m in marks] == [("red hat", 1), ("hat", 0.8)]
     plain, marks = unmarked("<a:hat>, <b:hat:0.8> <c> <d:hat:-1.5> [x]")
     assert plain == "hat, hat <c> hat [x]" and [(m.name, m.strength) for m in marks] == [
         ("a", 1),
