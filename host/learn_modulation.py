@@ -25,11 +25,11 @@ from . import modulation
 from .captions import Prompts
 from .class_pictures import draw_class
 from .concept_set import ConceptSet
-from .denoise import sigmas_at
 from .gradients import ordinary
 from .learn import RunSettings, Session
 from .meanings import checked
 from .positions import read_from
+from .text import PLACEHOLDER
 from .words import CAPTION, rows_of, spelt, unmarked
 
 LAW = "two stages"
@@ -95,7 +95,8 @@ class ModulationSession(Session):
         self.codes = codes
         if codes is not None:
             self._check_codes(codes)
-        self.others, self.beside = others, _lines(settings.isolation_prompts) or list(OTHERS)
+        own = [unmarked(line, CAPTION)[0] for line in _lines(settings.isolation_prompts)]
+        self.others, self.beside = others, own or list(OTHERS)
         if settings.isolation:
             self.passes = 2
             self._check_isolation(data, others)
@@ -137,6 +138,14 @@ class ModulationSession(Session):
                 f"Concept <{self.earlier.name}> reads {before.get('input', 'dense')} rows of other latents or another "
                 "dictionary; continue with the codes it was learned on, or start anew."
             )
+        if self.reading:
+            before = carrier.reading(self.earlier.tensors)
+            if self.earlier.info["words"] != self.words or not torch.equal(before["kept"], self.reading["kept"].cpu()):
+                raise CarrierMismatch(
+                    f"Concept <{self.earlier.name}> reads other latents per word; continue with the codes and the "
+                    "words it was learned on, or start anew."
+                )
+            self.reading = {k: v.to(self.denoiser.device) for k, v in before.items()}  # what its network is used to
         return super()._checked(found)
 
     def gather(self):
@@ -164,12 +173,22 @@ class ModulationSession(Session):
         self.encoded = [self._entry(self.plain, i) for i in range(len(texts))]
         self.rows = [self._rows(t) for t in texts]
         self.reading = self._reading() if self.codes is not None else {}
+        self._check_read()
         width, draw = self.model.model.diffusion_model.hidden_size, generator(s.seed, 0, "start controller")
         inputs = len(self.reading["bias"]) if self.reading else self.encoded[0][0].shape[-1]
         made = start(inputs, width, len(self.blocks), s.hidden, draw, biases=not self.reading)
         values = {carrier.CONTROLLER + k: v.to(self.denoiser.device) for k, v in made.items()}
         late = {carrier.CONTROLLER + k: s.shared_steps for k in BLOCK_PARTS}
         return values, Adam(s.learning_rate, clip=1.0, late=late)
+
+    def _check_read(self) -> None:
+        for word in self.words if self.reading else ():
+            seen = [self.encoded[i][0][0, own] for i, words in enumerate(self.rows) for w, own in words if w == word]
+            if not bool(self._read(word, torch.cat(seen).to(self.denoiser.device, torch.float32)).any()):
+                raise CarrierMismatch(
+                    f"None of the latents of {word!r} is active where the captions have it, so it would learn nothing; "
+                    "encode the captions themselves in Encode Words, or keep more latents in Prune Code."
+                )
 
     def _reading(self) -> dict[str, torch.Tensor]:
         """The latents that any word keeps, as ``words.READINGS`` reads them; all active ones where none was pruned."""
@@ -225,6 +244,12 @@ class ModulationSession(Session):
         entries = [self.encoded[t] for t in texts]
         return entries, modulation.modulating(self._placements(parameters, entries, [self.rows[t] for t in texts]))
 
+    def sigmas(self, when):
+        """The paper's times are the share of noise itself, whatever shift the model samples with."""
+        if self.settings.time_law != LAW:
+            return super().sigmas(when)
+        return when.to(self.denoiser.device, torch.float32).clamp(1e-3, 1 - 1e-3)
+
     def times(self, count, step, draw):
         """The paper's law, or that of every learner."""
         if self.settings.time_law != LAW:
@@ -245,7 +270,7 @@ class ModulationSession(Session):
         left, right = (torch.cat([v[i] for i in n]) for v, n in ((self.clean, pictures), (self.aside, chosen)))
         clean = torch.cat([left, right], -1)
         noise = torch.randn(clean.shape, generator=draw).to(d.device)
-        sigma = sigmas_at(d.sampling, when).to(d.device)
+        sigma = self.sigmas(when)
         x = d.noised(clean, noise, sigma)
         texts = [
             HALVES.format(self.data.captions[i][c], self.beside[o])
@@ -308,7 +333,7 @@ def captions(text: str, data: ConceptSet) -> tuple[tuple[str, ...], ...]:
     All lines serve every picture, or, where empty lines part them into as many blocks as there are pictures, each block
     serves one; a mirrored picture has those of the picture before it.
     Raises: ValueError when no word is marked, captions of one picture mark different words, or blocks and pictures do
-    not match.
+    not match, or a caption names a learned concept.
     """
     blocks: list[list[str]] = [[]]
     for line in text.splitlines():
@@ -317,6 +342,8 @@ def captions(text: str, data: ConceptSet) -> tuple[tuple[str, ...], ...]:
         elif blocks[-1]:
             blocks.append([])
     blocks = [block for block in blocks if block]
+    if named := PLACEHOLDER.search(text):
+        raise ValueError(f"The captions name {named[0]}, and here ordinary words are learned; write the word instead.")
     if not blocks:
         raise ValueError("There is no caption; write what the picture shows, for example: a girl with a [hat].")
     for block in blocks:

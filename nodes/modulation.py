@@ -55,12 +55,13 @@ class LearnModulation(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "isolation",
-                    default=1.0,
-                    min=0.0,
+                    default=-1.0,
+                    min=-1.0,
                     max=100.0,
                     step=0.1,
                     tooltip="Weight of the isolation loss: in half of the steps the picture stands beside another one, "
-                    "which must not change. Keeps words of different pictures apart. 0: none, and faster.",
+                    "which must not change. Keeps words of different pictures apart. 0: none, and faster. -1: as the "
+                    "authors do, 1 for rows (TokenVerse) and none for codes (SAEPer).",
                 ),
                 *shared.noise(
                     laws=("two stages", *LAWS),
@@ -106,16 +107,27 @@ class LearnModulation(io.ComfyNode):
                     optional=True,
                     tooltip="SAEPer: words learn on these activations instead of on the text encoder's row. From "
                     "Prune Code, or Encode Words for all latents; the same words as the captions mark, with the "
-                    "dictionary of this text encoder. Set isolation to 0, as the authors do. Flux.1.",
+                    "dictionary of this text encoder. Flux.1.",
+                ),
+                io.Combo.Input(
+                    "reads",
+                    options=["codes if connected", "rows"],
+                    default="codes if connected",
+                    optional=True,
+                    tooltip="What words learn on. rows: the text encoder's, as TokenVerse, also where codes are "
+                    "connected; for comparing both.",
                 ),
             ],
             outputs=shared.outputs(),
         )
 
     @classmethod
-    def execute(cls, isolation_set=None, continue_from=None, codes=None, **values) -> io.NodeOutput:
+    def execute(
+        cls, isolation_set=None, continue_from=None, codes=None, reads="codes if connected", **values
+    ) -> io.NodeOutput:
         from ..host.learn_modulation import ModulationSession, ModulationSettings  # not at every start
 
+        codes, isolation = None if reads == "rows" else codes, values["isolation"]
         settings = ModulationSettings(
             **shared.run_settings(values),
             captions=values["captions"],
@@ -123,7 +135,7 @@ class LearnModulation(io.ComfyNode):
             blocks=values["blocks"],
             hidden=values["hidden"],
             guidance=values["guidance"],
-            isolation=values["isolation"],
+            isolation=isolation if isolation >= 0 else float(codes is None),
             isolation_prompts=values["isolation_prompts"].strip(),
         )
         model, clip, data = values["model"], values["clip"], values["concept_set"]

@@ -97,7 +97,7 @@ def test_a_prompt_sees_what_learning_saw(made, coded):
     from concepts.host.denoise import Denoiser
     from concepts.host.gradients import training
     from concepts.host.learn_modulation import ModulationSession
-    from concepts.host.modulation import PROMPTS
+    from concepts.host.variants import PROMPTS
 
     codes = None if coded is None else codes_of(made, keep=coded)
     done = learn(made, captions="a [hat] on a [coat]", shared_steps=1, codes=codes)
@@ -110,8 +110,8 @@ def test_a_prompt_sees_what_learning_saw(made, coded):
             x, sigma = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.7])
             expected = session.denoiser(x, sigma, *session.condition(session.parameters, [0], [0], sigma))
     ((cond, facts),) = prompt(made, "a <p:hat> on a <p:coat>", done.concept)
-    places = {p.positions: p.directions for p in facts[PROMPTS].places}
-    stored = prompt(made, "a <p:hat> on a <p:coat>", done.concept, cached=True)[0][1][PROMPTS].places
+    places = {p.positions: p.directions for p in facts[PROMPTS][0].places}
+    stored = prompt(made, "a <p:hat> on a <p:coat>", done.concept, cached=True)[0][1][PROMPTS][0].places
     assert all(torch.allclose(p.directions, places[p.positions], atol=1e-5) for p in stored)
     assert [p.directions.shape[1] for p in stored] == [len(done.concept.info["blocks"])] * 2
     from concepts.host.show import changed
@@ -169,6 +169,21 @@ def test_times_follow_the_stage(flux):
     assert other.times(100, 0, torch.Generator()).min() >= 0.5
 
 
+def test_the_papers_times_are_noise_levels_whatever_the_shift(made):
+    """Sampling shifts 0.8 to 0.92 and more; the border between the stages is the share of noise itself."""
+    from concepts.host.denoise import Denoiser
+    from concepts.host.learn_modulation import ModulationSession
+
+    made.model.model.model_sampling.set_parameters(shift=3.0)
+    when, found = torch.tensor([0.2, 0.8], dtype=torch.float64), []
+    for law in ("two stages", "uniform"):
+        session = ModulationSession(made.model, made.clip, pictures(), settings(time_law=law))
+        session.denoiser = Denoiser(made.model)
+        found.append(session.sigmas(when))
+    torch.testing.assert_close(found[0], when.float())
+    assert float(found[1][1]) > 0.9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"isolation": 1.0}, {"accumulate": 2, "batch": 2}], ids=str)
 def test_continued_equals_one_run(made, changes, tmp_path):
@@ -203,6 +218,9 @@ def test_a_coded_concept_continues_and_survives_its_file(flux, tmp_path):
     assert codes.kept["hat"][0].sort().values.tolist() == [
         n for n, k in zip(info["latents"], kept[1], strict=True) if k
     ]
+    with pytest.raises(CarrierMismatch, match="other latents per word"):
+        other = first.concept.tensors | {"reading.kept": torch.ones_like(kept)}
+        learn(flux, earlier=replace(first.concept, tensors=other), steps=1, **given)
     for other in (codes_of(flux, keep=4, seed=2), codes_of(flux, keep=3), None):
         with pytest.raises(CarrierMismatch, match="other latents or another"):
             learn(flux, earlier=first.concept, steps=1, **{**given, "codes": other})
@@ -214,6 +232,22 @@ def test_a_word_without_an_active_latent_is_named(flux):
     with pytest.raises(CarrierMismatch, match="None of the latents.*'hat'.*cached"):
         prompt(flux, "a <p:hat>", replace(done.concept, tensors=deaf))
     prompt(flux, "a <p:hat>", replace(done.concept, tensors=deaf), cached=True)
+
+
+def test_a_word_without_an_active_latent_in_the_captions_is_named(flux):
+    codes = codes_of(flux, keep=1)
+    deaf = replace(codes.dictionary, tensors=codes.dictionary.tensors | {"threshold": torch.full((64,), 1e3)})
+    with pytest.raises(CarrierMismatch, match="None of the latents of 'coat' is active where the captions have it"):
+        learn(flux, codes=replace(codes, dictionary=deaf), captions="a [hat] on a [coat]")
+
+
+def test_captions_of_learned_names_and_marked_isolation_lines(flux):
+    from concepts.host.learn_modulation import ModulationSession
+
+    with pytest.raises(ValueError, match="name <mug>"):
+        learn(flux, captions="<mug> beside a [hat]")
+    lines = settings(isolation=1.0, isolation_prompts="a [boat]\n a tree")
+    assert ModulationSession(flux.model, flux.clip, pictures(), lines).beside == ["a boat", "a tree"]
 
 
 def test_codes_that_do_not_fit_are_refused(flux, monkeypatch):
@@ -243,8 +277,8 @@ def test_an_interrupt_keeps_the_concept_and_the_host(flux, monkeypatch):
 
     show = learning.Progress.show
 
-    def pressed(self, done, latent=None):
-        show(self, done, latent)
+    def pressed(self, done, *pictures):
+        show(self, done, *pictures)
         if done == 3:
             raise management.InterruptProcessingException()
 
@@ -338,7 +372,7 @@ def test_what_does_not_fit_is_refused(flux):
 
 def test_the_graph_learns_saves_loads_and_draws(flux, tmp_path):
     """Both nodes as a workflow runs them, with a file between them."""
-    from concepts.host.modulation import PROMPTS
+    from concepts.host.variants import PROMPTS
     from concepts.nodes.modulation import LearnModulation
     from concepts.nodes.prompt import EncodePrompt
 
@@ -359,6 +393,6 @@ def test_the_graph_learns_saves_loads_and_draws(flux, tmp_path):
             EncodePrompt.execute(flux.clip, f"a <{c.name}:hat:2>", 0.5, {"concept0": c}, **more).args[0]
             for c, more in ((concept, {}), (read, {}), (read, {"directions": "cached"}))
         ]
-    first, again, cached = (m[0][1][PROMPTS].places[0].directions for m in made)
+    first, again, cached = (m[0][1][PROMPTS][0].places[0].directions for m in made)
     assert torch.equal(first, again) and not torch.equal(again, cached)
     assert torch.equal(sample(flux, made[0]), sample(flux, made[1]))
