@@ -1,10 +1,8 @@
 """SeFi-IDE (arXiv 2402.00631): rows per stage for K and for V, and attention that stays like the class word's.
 
-A small network makes all rows out of the class word; it is what is learned, and the rows are what is kept. For the
-attention loss the reference prompt's keys ride along in the same pass (attention.py), so it costs no second one.
+A small network makes all rows out of the class word; it is what is learned, and the rows are what is kept.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,19 +10,18 @@ import torch
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from ..carriers.files import LARGEST
-from ..kernels.attention import LOSSES, attention_loss
+from ..kernels.attention import LOSSES
 from ..kernels.draws import generator
 from ..kernels.fit import Adam
 from ..kernels.stage_mapper import stage_rows, start
 from .attention import AttentionTap, both, chosen, maps_of
 from .captions import Prompts
+from .class_attention import ClassAttention
 from .denoise import noise_time, sigmas_at
 from .gradients import training
 from .learn import RunSettings, Session
 from .learn_tokens import chosen_encoders
 from .overlays import background, grid
-from .positions import aligned
-from .progress import say
 from .text import start_rows
 from .variants import Grid, layers_of
 
@@ -88,9 +85,10 @@ class KVSession(Session):
         texts = sorted({t for options in self.data.captions for t in options})
         self.index = {t: i for i, t in enumerate(texts)}
         self.prompts = Prompts(self.clip, texts, s.init_text, {"": dict.fromkeys(rows, 1)})
-        self.reference = Prompts(self.clip, texts, s.init_text, {"": {}})
         self.prompts.ready()
-        self.known: dict[int, tuple] = {}
+        self.held = ClassAttention(
+            self.encoders[0], self.prompts, texts, s.init_text, s.attention_loss, s.attention_layers
+        )
         if s.mapper == "free":
             return rows, Adam(s.learning_rate)
         device = next(iter(self.words.values())).device
@@ -138,49 +136,18 @@ class KVSession(Session):
         s = self.settings
         if not s.attention_weight:
             return super().losses(parameters, pictures, captions, when, draw)
-        tap = self.tap(self.texts(pictures, captions))
+        texts = self.texts(pictures, captions)
+        return self.held.losses(self, s.attention_weight, texts, parameters, pictures, captions, when, draw)
 
-        def condition(*args):
-            entries, change = self.condition(*args)
-            return entries, both(change, tap)
+    def line(self, done: int) -> str:
+        """Also lambda L_attn / L_diff."""
+        if not self.terms:
+            return super().line(done)
+        ratio = self.terms["attention"][-1] / max(self.terms["diffusion"][-1], 1e-12)
+        return f"{super().line(done)}, attention / diffusion {ratio:.3g}"
 
-        try:
-            diffusion = self.diffusion(parameters, pictures, captions, when, draw, condition)
-            layers = list(tap.take().values())
-        finally:
-            tap.records.clear()
-        found = {"diffusion": diffusion, "attention": s.attention_weight * torch.stack(layers).mean()}
-        self.tell({k: float(v.detach()) for k, v in found.items()})
-        return found
-
-    def tell(self, found: dict[str, float]) -> None:
-        """lambda L_attn / L_diff, on the node while it learns."""
-        ratio = found["attention"] / max(found["diffusion"], 1e-12)
-        say(f"attention {found['attention']:.2e}, diffusion {found['diffusion']:.2e}: ratio {ratio:.3g}")
-
-    def tap(self, texts: list[int]) -> AttentionTap:
-        """Compares the pass of ``texts`` with the same prompts around the class word."""
-        s, facts = self.settings, [self.compared(text) for text in texts]
-        length = math.lcm(*(context.shape[1] for context, *_ in facts))
-        reference = torch.cat([c.repeat(1, length // c.shape[1], 1) for c, *_ in facts])
-
-        def look(q, k, v, heads, keys):
-            own = _stacked([columns for _, columns, _ in facts], k.shape[1]).to(q.device)
-            other = _stacked([columns for *_, columns in facts], length).to(q.device)
-            return None, attention_loss(q.detach(), k, keys, heads, own, other, s.attention_loss)
-
-        return AttentionTap(look, s.attention_layers, reference)
-
-    def compared(self, text: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Reference context [1, r, width] of a caption, and the columns of both prompts that are compared."""
-        if text not in self.known:
-            with torch.no_grad():
-                context = self.reference.encode(text, {})[0]
-            own, other, concept = aligned(self.encoders[0], self.prompts.tokens[text], self.reference.tokens[text])
-            if self.settings.attention_loss == "moments":
-                own, other = own[:, concept], other[:, concept]
-            self.known[text] = context, own, other
-        return self.known[text]
+    def watched(self):
+        return self.prompts.tokens[self.index[self.data.captions[0][0]]]
 
     def facts(self):
         return {
@@ -196,7 +163,7 @@ class KVSession(Session):
         with training(self.model, self.clip.patcher), torch.no_grad():
             self.prompts.ready()
             clean, text = self.clean[0], self.texts([0], [0])[0]
-            own, _, concept = aligned(self.encoders[0], self.prompts.tokens[text], self.reference.tokens[text])
+            own, _, concept = self.held.columns(text)
             for stage in range(s.stages if self.crossed else 0):
                 sigma = sigmas_at(self.denoiser.sampling, torch.tensor([(stage + 0.5) / s.stages])).to(clean)
                 noise = torch.randn(clean.shape, generator=generator(s.seed, stage, "looks")).to(clean)
@@ -213,11 +180,3 @@ class KVSession(Session):
         if not passes:
             return torch.full((1, 1, 1, 3), 0.5)
         return grid(background(self.model.model.latent_format, clean), [f"<{self.settings.name}>"], passes)
-
-
-def _stacked(columns: list[torch.Tensor], length: int) -> torch.Tensor:
-    """Columns [m, c] of several prompts as [b, length, most]: repeated as the context is, filled with zeros."""
-    most = max(c.shape[1] for c in columns)
-    return torch.stack(
-        [torch.nn.functional.pad(c, (0, most - c.shape[1])).repeat(length // len(c), 1) for c in columns]
-    )

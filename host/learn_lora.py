@@ -16,13 +16,14 @@ from ..kernels.draws import times
 from ..kernels.fit import Adam
 from . import lora
 from .captions import Prompts
+from .class_attention import ClassAttention
 from .class_pictures import draw_class
 from .concept_set import ConceptSet
 from .denoise import noise_time
 from .gradients import ordinary
 from .learn import RunSettings, Session
-from .text import PLACEHOLDER, as_tokens, concept_rows
-from .variants import Grid
+from .text import PLACEHOLDER, as_tokens, concept_rows, encoders
+from .variants import Grid, layers_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class LoraSettings(RunSettings):
     class_text: str = ""
     class_pictures: int = 0
     prior_weight: float = 1.0
+    attention_weight: float = 0.0
+    """Of AttnDreamBooth's attention loss; 0 takes no maps."""
     decay: float = 0.01
     clip: float = 1.0
 
@@ -69,12 +72,27 @@ class LoraSession(Session):
         self.tokens = _rows_of(tokens) if tokens else (as_tokens(earlier) if earlier else None)
         self.residuals = [_plain(_rows_of(r)) for r in residuals]
         self.prior = prior if settings.prior_weight else None
-        self.captions = captions(data, settings, self.tokens is not None, len(residuals))
+        joiner = " with " if all(r.info.get("joined", True) for r in residuals) else " "
+        self.captions = captions(data, settings, self.tokens is not None, len(residuals), joiner)
         self.kept: dict = {}
+        if settings.attention_weight:
+            self._check_attention(len(residuals))
         if (self.prior or settings.class_pictures) and settings.prior_weight:
             self.passes = 2
             if not settings.class_text:
                 raise ValueError("Class pictures need class_text, for example: a mug. Write it, or do without them.")
+
+    def _check_attention(self, residuals: int) -> None:
+        if not layers_of(self.model.model.diffusion_model):
+            raise CarrierMismatch(
+                f"{type(self.model.model).__name__} attends to text and picture together and has no maps to compare; "
+                "set attention_weight to 0, or use SD1.5, SD2 or SDXL."
+            )
+        if not (self.tokens and self.tokens.info.get("init_text")) or residuals:
+            raise ValueError(
+                "attention_weight holds the maps of learned rows to those of the class word they began at; connect "
+                "tokens that began at one, without residuals, or set it to 0."
+            )
 
     def gather(self):
         """Draws the class pictures that nobody connected, as large as the most frequent picture."""
@@ -94,9 +112,8 @@ class LoraSession(Session):
             counts[""] = {k: v.shape[-2] for k, v in rows.items()}
         for number, residual in enumerate(self.residuals):
             every = concept_rows(self.clip, residual)
-            own = {k: v if k in residual.tensors else v[..., :0, :] for k, v in every.items()}  # others see nothing
-            self.others[f"r{number}"] = {k: v[0, 0, 0] for k, v in own.items()}
-            counts[f"r{number}"] = {k: v.shape[-2] for k, v in own.items()}
+            self.others[f"r{number}"] = {k: v[0, 0, 0] for k, v in every.items()}
+            counts[f"r{number}"] = {k: v.shape[-2] for k, v in every.items()}
         self.rows = rows
         self.grid = Grid.of([self.tokens] if self.tokens else [])
         self.grid.fits(self.model.model)
@@ -104,6 +121,9 @@ class LoraSession(Session):
         self.index = {t: i for i, t in enumerate(texts)}
         self.prompts = Prompts(self.clip, texts, "", counts)
         self.prompts.ready()
+        if s.attention_weight:
+            word = self.tokens.info["init_text"]
+            self.held = ClassAttention(encoders(self.clip)[0], self.prompts, texts, word, "moments", "half")
         if self.prior:
             self.clean += [self.denoiser.clean(ordinary(latent)[None]) for latent in self.prior.latents]
         return (lora.start(self.model, self.chosen, s.rank, s.seed), Adam(s.learning_rate, decay=s.decay, clip=s.clip))
@@ -119,15 +139,23 @@ class LoraSession(Session):
         bundle = self.tokens.tensors if self.tokens else {}
         return found | {f"{delta.BUNDLE}{self.settings.name}.{key}": value for key, value in bundle.items()}
 
+    def _texts(self, pictures: list[int], captions: list[int]) -> list[int]:
+        return [self.index[self.captions[i][c]] for i, c in zip(pictures, captions, strict=True)]
+
     def condition(self, parameters, pictures, captions, sigma):
         """The pictures' captions with the frozen rows of their noise levels."""
-        texts = [self.index[self.captions[i][c]] for i, c in zip(pictures, captions, strict=True)]
+        texts = self._texts(pictures, captions)
         stages = self.grid.stages(noise_time(self.denoiser.sampling, sigma))
         return self.prompts.conditions(self.grid, self.rows, texts, stages, self.others, self.kept)
 
     def losses(self, parameters, pictures, captions, when, draw):
-        """The diffusion loss, and that of as many class pictures, weighted (DreamBooth)."""
-        found = super().losses(parameters, pictures, captions, when, draw)
+        """The diffusion loss, that of as many class pictures, weighted (DreamBooth), and that of the concept's maps."""
+        weight, given = self.settings.attention_weight, (parameters, pictures, captions, when, draw)
+        found = (
+            self.held.losses(self, weight, self._texts(pictures, captions), *given)
+            if weight
+            else super().losses(*given)
+        )
         if self.prior:
             s, first = self.settings, len(self.data.latents)
             of_class, said = self.prior.draw(len(pictures), draw)
@@ -166,10 +194,13 @@ def _plain(residual: Concept) -> Concept:
     return residual
 
 
-def captions(data: ConceptSet, settings: LoraSettings, tokens: bool, residuals: int) -> list[tuple[str, ...]]:
+def captions(
+    data: ConceptSet, settings: LoraSettings, tokens: bool, residuals: int, joiner: str = " with "
+) -> list[tuple[str, ...]]:
     """Per picture its captions as they are learned with: ``{}`` for the rows, ``{r<i>}`` for those of a residual.
 
-    Mirrored pictures share the residual of the picture before them when there are only as many residuals as pictures.
+    ``joiner``: between them, as the residuals were learned. Mirrored pictures share the residual of the picture before
+    them when there are only as many residuals as pictures.
     Raises: ValueError when nothing stands for the concept, or residuals and pictures do not match.
     """
     phrase = PLACEHOLDER.sub("{}", settings.token_text.strip()) or ("{}" if tokens else "")
@@ -193,7 +224,7 @@ def captions(data: ConceptSet, settings: LoraSettings, tokens: bool, residuals: 
         )
     said = []
     for texts, number in zip(data.captions, numbers, strict=True):
-        first = phrase + (f" with {{r{number}}}" if residuals else "")
+        first = phrase + (f"{joiner}{{r{number}}}" if residuals else "")
         parts = [text.partition("{}") for text in texts]
         said.append(tuple(a + (first if mark else "") + b.replace("{}", phrase) for a, mark, b in parts))
     return said

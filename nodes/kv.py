@@ -74,11 +74,12 @@ class LearnKV(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "attention_loss",
-                    options=["probabilities", "logits", "moments"],
+                    options=["probabilities", "logits", "moments", "means"],
                     default="probabilities",
                     advanced=True,
                     tooltip="probabilities: squared difference of the maps, every word. logits: before the softmax. "
-                    "moments: mean and variance of the concept's map only (AttnDreamBooth; weight 2 is its own).",
+                    "moments: mean and variance of the concept's map only (AttnDreamBooth; weight 2 is its own). "
+                    "means: its mean alone (AttnDreamBooth's first stage; weight 0.1).",
                 ),
                 *shared.noise(),
                 *shared.ticks(),

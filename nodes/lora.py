@@ -117,6 +117,17 @@ class LearnLora(io.ComfyNode):
                     tooltip="Other things of the class, from Make Concept Set, instead of drawn class pictures.",
                 ),
                 *shared.continued(),
+                io.Float.Input(
+                    "attention_weight",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Holds mean and variance of the concept's attention maps to those of the class word that "
+                    "tokens began at (AttnDreamBooth: 2). 0: none. SD1.5, SD2 and SDXL.",
+                ),
             ],
             outputs=shared.outputs(),
         )
@@ -135,6 +146,7 @@ class LearnLora(io.ComfyNode):
             class_text=values["class_text"].strip(),
             class_pictures=values["class_pictures"],
             prior_weight=values["prior_weight"],
+            attention_weight=values.get("attention_weight", 0.0),
             decay=values["weight_decay"],
             clip=values["clip_gradient"],
         )

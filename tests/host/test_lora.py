@@ -177,7 +177,7 @@ def settings(**changes):
     return LoraSettings("mug", **given)
 
 
-def learn(toy, data, earlier=None, tokens=None, residuals=(), prior=None, **changes):
+def learn(toy, data, earlier=None, tokens=None, residuals=(), prior=None, checkpointing="off", **changes):
     """One run as a node does it, in inference mode."""
     from concepts.host import learn as learning
     from concepts.host.learn_lora import LoraSession
@@ -186,7 +186,7 @@ def learn(toy, data, earlier=None, tokens=None, residuals=(), prior=None, **chan
         session = LoraSession(
             toy[0], toy[1], data, settings(**changes), earlier, tokens=tokens, residuals=residuals, prior=prior
         )
-        return learning.learn(session, preview_every=2, save_every=2, checkpointing="off")
+        return learning.learn(session, preview_every=2, save_every=2, checkpointing=checkpointing)
 
 
 def rows(name="mug", n=1, seed=0, shape=(1, 1, 1), **info) -> Concept:
@@ -276,10 +276,10 @@ def test_an_interrupt_leaves_model_and_concept(toy, mug_set, monkeypatch):
     fresh = learn(toy, mug_set, steps=6)
     show = learning.Progress.show
 
-    def pressed(self, done, latent=None):
+    def pressed(self, done, *pictures):
         if done == 3:
             management.interrupt_current_processing()
-        show(self, done, latent)
+        show(self, done, *pictures)
 
     monkeypatch.setattr(learning.Progress, "show", pressed)
     with pytest.raises(management.InterruptProcessingException):
@@ -340,6 +340,7 @@ def test_captions_say_token_and_residual():
     ]
     assert captions(data, settings(token_text="<mug> mug"), True, 0)[1] == ("{} mug on sand",)
     double = ConceptSet((latent,) * 4, (None,) * 4, (texts[1],) * 4, (False, True, False, True))
+    assert captions(data, settings(token_text=""), True, 2, " ")[1] == ("{} {r1} on sand",)
     shared = [t for (t,) in captions(double, settings(token_text=""), True, 2)]
     assert shared == [f"{{}} with {{r{n}}} on sand" for n in (0, 0, 1, 1)]
     for changes, tokens, residuals, message in (
@@ -432,5 +433,39 @@ def test_places_for_files(toy, mug_set):
     assert folders.home("loras", done).is_dir()
     with pytest.raises(ValueError, match="no embedding"):
         folders.home("embeddings", done)
+    for kept in (
+        rows(shape=(2, 1, 2)),
+        replace(done, tensors=done.tensors | {"bundle_emb.mug.clip_l": torch.ones(2, 1, 1, 1, 64)}),
+    ):
+        with pytest.raises(ValueError, match="which only Concept Prompt can use"):
+            folders.home("embeddings", kept)
+    assert folders.home("embeddings", rows()).is_dir()
     with pytest.raises(ValueError, match="concepts or embeddings"):
         folders.home("loras", rows())
+
+
+@pytest.mark.slow
+def test_the_attention_loss_holds_the_maps_to_the_class_words(toy, mug_set):
+    """AttnDreamBooth's later stages: a larger weight leaves a smaller distance."""
+    target = fitted(rows(init_text="mug"), toy_width(toy))
+    given = {"tokens": target, "token_text": "", "steps": 12, "learning_rate": 3e-3}
+    off, on = (learn(toy, mug_set, attention_weight=w, **given) for w in (1e-6, 3.0))
+    assert set(on.terms) == {"diffusion", "attention"}
+    assert on.terms["attention"][0] == pytest.approx(3e6 * off.terms["attention"][0], rel=1e-3)
+    assert sum(on.terms["attention"][-3:]) / 3e6 < sum(off.terms["attention"][-3:])
+    recomputed = learn(toy, mug_set, checkpointing="on", attention_weight=3.0, **given)
+    assert recomputed.terms["attention"] == pytest.approx(on.terms["attention"], rel=1e-3)
+
+
+def test_the_attention_loss_needs_rows_and_maps(toy, mug_set):
+    from concepts.host.learn_lora import LoraSession
+
+    target = fitted(rows(init_text="mug"), toy_width(toy))
+    wanted = settings(token_text="", attention_weight=2.0)
+    for what in ({}, {"tokens": replace(target, info={})}, {"tokens": target, "residuals": (target,) * 5}):
+        given = wanted if what else settings(attention_weight=2.0)
+        with pytest.raises(ValueError, match="class word they began at"):
+            LoraSession(toy[0], toy[1], mug_set, given, **what)
+    made = tiny("flux")
+    with pytest.raises(CarrierMismatch, match="attention_weight to 0"):
+        LoraSession(made.model, made.clip, mug_set, wanted, tokens=fitted(rows(init_text="mug"), 64))
