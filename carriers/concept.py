@@ -17,6 +17,12 @@ ENCODER = re.compile(r"[A-Za-z0-9_]{1,64}")
 AXES = ("stages", "layers", "roles", "vectors", "width")
 
 
+def check_name(name: str) -> None:
+    """Raises: CarrierError for what cannot be written as ``<name>``."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise CarrierError(f"{str(name)[:80]!r} cannot be a concept's name; use 1 to 64 letters, digits, - or _.")
+
+
 @dataclass(frozen=True)
 class Concept:
     """A concept: its name in prompts, what was learned, and how.
@@ -39,10 +45,7 @@ class Concept:
     """Optimiser state for continuing; may be empty."""
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
-            raise CarrierError(
-                f"{str(self.name)[:80]!r} cannot be a concept's name; use 1 to 64 letters, digits, - or _."
-            )
+        check_name(self.name)
         if self.kind not in KINDS:
             raise CarrierError(
                 f"Concept <{self.name}> is of kind {str(self.kind)[:80]!r}, which this version does not know "

@@ -11,18 +11,23 @@ from pathlib import Path
 import comfy.model_management
 import torch
 
-from ..carriers.concept import Concept
+from ..carriers.concept import Concept, check_name
 from ..carriers.errors import CarrierFileError, CarrierMismatch
 from ..carriers.files import write_concept
 from ..kernels.draws import generator, times
 from ..kernels.fit import Diverged, fit
 from ..kernels.losses import masked_mse, residual
 from . import folders
+from .attention import both
 from .concept_set import ConceptSet
 from .denoise import Denoiser, sigmas_at
 from .gradients import ordinary, training
 from .loading import room
-from .progress import Progress
+from .overlays import background, mask_of, overlay
+from .positions import learned_columns
+from .progress import Progress, say
+from .show import tap_of
+from .text import encoders
 
 ACTIVATIONS = 40
 """What a training step keeps for its backward pass, over the host's estimate of what a sampling step needs.
@@ -34,7 +39,7 @@ RECOMPUTED = 0.1
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What every learner asks; all of it is kept in the concept's info."""
+    """What every learner asks; all of it is kept in the concept's info. Raises: CarrierError for the name."""
 
     name: str
     steps: int = 500
@@ -46,6 +51,9 @@ class RunSettings:
     time_high: float = 1.0
     masked_loss: bool = False
     seed: int = 0
+
+    def __post_init__(self):
+        check_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,11 @@ class Session:
 
     def __init__(self, model, clip, data: ConceptSet, settings: RunSettings, earlier: Concept | None = None):
         self.model, self.clip, self.data, self.settings, self.earlier = model, clip, data, settings, earlier
+        if settings.masked_loss and all(mask is None for mask in data.masks):
+            raise ValueError(
+                "masked_loss counts the masked area alone, and no picture has a mask; connect masks in Make Concept "
+                "Set, or turn masked_loss off."
+            )
 
     # --- what a learner says
 
@@ -104,9 +117,22 @@ class Session:
         s = self.settings
         return times(count, s.time_law, s.time_low, s.time_high, draw)
 
+    def sigmas(self, when: torch.Tensor) -> torch.Tensor:
+        """Noise levels [b] at training times."""
+        return sigmas_at(self.denoiser.sampling, when).to(self.denoiser.device)
+
     def facts(self) -> dict:
         """What else the concept's info says."""
         return {}
+
+    def watched(self):
+        """Tokens of the first picture's caption, as ``captions.Prompts`` has them; None when no rows are learned."""
+        return None
+
+    def line(self, done: int) -> str:
+        """What the node says after ``done`` of its steps."""
+        parts = ", ".join(f"{name} {curve[-1]:.2e}" for name, curve in self.terms.items())
+        return f"step {done} of {self.settings.steps}" + (f": {parts}" if parts else "")
 
     def attached(self) -> contextlib.AbstractContextManager:
         """Whatever must be on the model while it learns."""
@@ -144,7 +170,7 @@ class Session:
         d = self.denoiser
         clean = torch.cat([self.clean[i] for i in pictures])
         noise = torch.randn(clean.shape, generator=draw).to(d.device)
-        sigma = sigmas_at(d.sampling, when).to(d.device)
+        sigma = self.sigmas(when)
         entries, change = (condition or self.condition)(parameters, pictures, captions, sigma)
         return self.errors(pictures, sigma, d(d.noised(clean, noise, sigma), sigma, entries, change))
 
@@ -198,6 +224,25 @@ class Session:
                 x = denoised + (x - denoised) * (then / now)
             return denoised
 
+    def seen(self) -> torch.Tensor | None:
+        """Where the first picture, half noised, looks at the learned rows: a picture [h, w, 3]; None where it cannot be
+        told."""
+        tokens, d = self.watched(), self.denoiser
+        try:
+            columns = learned_columns(self.model, self.clip, tokens) if tokens else None
+        except CarrierMismatch:
+            columns = None
+        if columns is None:
+            return None
+        with torch.no_grad():
+            clean, sigma = self.clean[0], self.sigmas(torch.tensor([0.5]))
+            noise = torch.randn(clean.shape, generator=generator(self.settings.seed, 0, "looks")).to(clean)
+            entries, change = self.condition(self.parameters, [0], [0], sigma)
+            tap = tap_of(self.model, columns, clean)
+            d(d.noised(clean, noise, sigma), sigma, entries, both(change, tap))
+        picture = background(d.model.latent_format, clean)
+        return overlay(picture, mask_of([{k: v[0] for k, v in tap.take().items()}], 0, *picture.shape[:2])[0])
+
     def concept(self, state: Mapping[str, torch.Tensor], losses: list[float], **facts) -> Concept:
         """The concept as it stands."""
         tensors, kept = self.tensors(), {}
@@ -210,6 +255,7 @@ class Session:
             "steps": len(losses),
             "architecture": type(self.denoiser.model.model_config).__name__,
             "base": self.fingerprint,
+            "clip": [e.key for e in encoders(self.clip)],
             **self.facts(),
             **facts,
         }
@@ -239,6 +285,11 @@ def fingerprint(model) -> str:
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(first[name].numpy().tobytes())
     return digest.hexdigest()
+
+
+def loss_scale(model) -> float:
+    """``scale`` of ``fit`` for what a model computes in."""
+    return 4096.0 if model.model.get_dtype_inference() == torch.float16 else 1.0
 
 
 def memory_of(model, data: ConceptSet, batch: int) -> float:
@@ -289,6 +340,7 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
                 settings.steps,
                 accumulate=settings.accumulate,
                 state=session.state,
+                scale=loss_scale(session.model),
             ):
                 losses.append(step.loss)
                 last, done = step.state, step.number - len(session.past)
@@ -297,7 +349,8 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
                     previews.append(session.preview())
                 if save_every and done % save_every == 0:
                     keep(session.concept(last, losses), file)
-                progress.show(done, previews[-1] if shown else None)
+                say(f"{session.line(done)}; loss {step.loss:.4f}")
+                progress.show(done, *((previews[-1], session.seen()) if shown else ()))
         except BaseException as error:  # newer hosts raise interrupts outside Exception
             if len(losses) > len(session.past):
                 lost = keep(session.concept(last, losses), file)

@@ -118,6 +118,9 @@ class NetiSession(Session):
         condition = functools.partial(self.condition, kept=kept)
         return {"diffusion": self.diffusion(parameters, pictures, captions, when, draw, condition)}
 
+    def watched(self):
+        return self.prompts.tokens[self.index[self.data.captions[0][0]]]
+
     def facts(self):
         return {
             "encoders": [e.key for e in self.encoders],

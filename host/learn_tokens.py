@@ -68,6 +68,9 @@ class TokenSession(Session):
         stages = self.grid.stages(noise_time(self.denoiser.sampling, sigma))
         return self.prompts.conditions(self.grid, parameters, texts, stages)
 
+    def watched(self):
+        return self.prompts.tokens[self.index[self.data.captions[0][0]]]
+
     def facts(self):
         return {"encoders": [e.key for e in self.encoders], "layers": self.layers}
 
@@ -77,7 +80,10 @@ def chosen_encoders(clip, keys: tuple[str, ...]) -> list:
     found = [e for e in encoders(clip) if not keys or e.key in keys]
     if not found:
         have = ", ".join(e.key for e in encoders(clip))
-        raise CarrierMismatch(f"None of the chosen text encoders is in this CLIP, which has {have}; tick one of these.")
+        raise CarrierMismatch(
+            f"None of the chosen text encoders is in this CLIP, which has {have}; tick one of these, or choose another "
+            "preset where a preset decides."
+        )
     return found
 
 

@@ -8,6 +8,8 @@ import latent_preview
 import torch
 from comfy_execution.utils import get_executing_context
 
+from .matching import picture_of, side_by_side
+
 
 class Progress:
     """A progress bar with live previews; stops the run when the user asks for it."""
@@ -16,14 +18,20 @@ class Progress:
         self.total, self.bar = total, comfy.utils.ProgressBar(total)
         self.previewer = patcher and _previewer(patcher)
 
-    def show(self, done: int, latent: torch.Tensor | None = None) -> None:
-        """Advances to ``done``, with a picture of a model-space latent [1, c, h, w] where previews are on.
+    def show(self, done: int, latent: torch.Tensor | None = None, beside: torch.Tensor | None = None) -> None:
+        """Advances to ``done``, with a picture of a model-space latent [1, c, h, w] where previews are on, and another
+        one [h, w, 3] at its right.
 
         Raises: the host's InterruptProcessingException.
         """
         picture = None
         if latent is not None and self.previewer is not None:
             picture = self.previewer.decode_latent_to_preview_image("JPEG", latent.detach())
+            if beside is not None:
+                kind, left, *rest = picture
+                size = max(left.size, tuple(beside.shape[1::-1]))  # colour estimates have a pixel per latent
+                sides = (left.convert("RGB").resize(size), picture_of(beside, size[::-1]))
+                picture = (kind, side_by_side(*sides, gap=4)[0], *rest)
         self.bar.update_absolute(done, self.total, picture)
         comfy.model_management.throw_exception_if_processing_interrupted()
 

@@ -108,7 +108,8 @@ def keeping() -> list:
             min=0,
             max=10000,
             advanced=True,
-            tooltip="Steps between live previews, which cost four forward passes each. 0 turns them off.",
+            tooltip="Steps between live previews, which cost four forward passes each, and a fifth where vectors are "
+            "learned: where a half noised picture looks at them. 0 turns them off.",
         ),
         io.Int.Input(
             "save_every",

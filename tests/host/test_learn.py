@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from concepts.carriers.errors import CarrierMismatch
+from concepts.carriers.errors import CarrierError, CarrierMismatch
 from concepts.carriers.files import read_concept
 from concepts.kernels.fit import Diverged
+
+from .tiny import FAMILIES, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -111,10 +113,10 @@ def test_interrupts_keep_the_concept_and_the_host(toy, mug_set, monkeypatch):
     show = learning.Progress.show
     for stop in sorted(random.Random(5).sample(range(1, 12), 10)):
 
-        def pressed(self, done, latent=None, stop=stop):
+        def pressed(self, done, *pictures, stop=stop):
             if done == stop:
                 management.interrupt_current_processing()  # what the Cancel button does
-            show(self, done, latent)
+            show(self, done, *pictures)
 
         monkeypatch.setattr(learning.Progress, "show", pressed)
         with pytest.raises(management.InterruptProcessingException):
@@ -129,6 +131,112 @@ def test_interrupts_keep_the_concept_and_the_host(toy, mug_set, monkeypatch):
     rest = learn(toy, mug_set, earlier=kept, steps=12 - stop)
     again = learn(toy, mug_set, steps=12)
     assert same(again.concept.tensors, fresh.concept.tensors) and same(rest.concept.tensors, fresh.concept.tensors)
+
+
+LEARNERS = {
+    "kv": ("learn_kv", "KVSession", "KVSettings", {"init_text": "mug", "stages": 2}),
+    "residual": ("learn_residual", "ResidualSession", "ResidualSettings", {"init_text": "mug", "anchors": 1}),
+    "neti": ("learn_neti", "NetiSession", "NetiSettings", {"init_text": "mug"}),
+    "lora": ("learn_lora", "LoraSession", "LoraSettings", {"token_text": "sks mug"}),
+}
+"""Module, session, settings and what these need, of the learners besides tokens."""
+
+
+def made_by(kind: str, toy, data, earlier=None, **changes):
+    """A session of one of ``LEARNERS``."""
+    import importlib
+
+    module, one, given, needed = LEARNERS[kind]
+    module = importlib.import_module(f"concepts.host.{module}")
+    return getattr(module, one)(
+        toy[0], toy[1], data, getattr(module, given)(**{"name": "mug", **needed, **changes}), earlier
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_an_interrupt_keeps_what_any_learner_has_done(toy, mug_set, kind, monkeypatch, brief):
+    """Weights of the model are as before, and the file goes on to what an unbroken run gives."""
+    import comfy.model_management as management
+
+    from concepts.host import learn as learning
+
+    def run(steps, earlier=None):
+        with torch.inference_mode():
+            session = made_by(kind, toy, mug_set, earlier, steps=steps)
+            return learning.learn(session, preview_every=0, save_every=0, checkpointing="off")
+
+    before, whole = weights(toy), run(4)
+    show = learning.Progress.show
+
+    def pressed(self, done, *pictures):
+        if done == 2:
+            management.interrupt_current_processing()
+        show(self, done, *pictures)
+
+    monkeypatch.setattr(learning.Progress, "show", pressed)
+    with pytest.raises(management.InterruptProcessingException):
+        run(4)
+    monkeypatch.setattr(learning.Progress, "show", show)
+    kept = read_concept(whole.saved)
+    assert kept.info["steps"] == 2 and same(weights(toy), before) and not management.in_training
+    rest = run(2, kept)
+    assert same(rest.concept.tensors, whole.concept.tensors) and same(rest.concept.state, whole.concept.state)
+    assert rest.losses == whole.losses and rest.terms == whole.terms
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_name_that_cannot_be_written_is_refused_before_learning(toy, mug_set, kind):
+    for name in ("my dog", "<mug>", ""):
+        with pytest.raises(CarrierError, match="letters, digits"):
+            made_by(kind, toy, mug_set, name=name)
+
+
+def test_masked_loss_needs_a_mask(toy, mug_set):
+    bare = replace(mug_set, masks=(None,) * 5)
+    with pytest.raises(ValueError, match="no picture has a mask"):
+        learn(toy, bare, masked_loss=True)
+    one = replace(mug_set, masks=(mug_set.masks[0], *(None,) * 4))
+    assert len(learn(toy, one, masked_loss=True, steps=1).losses) == 1
+
+
+@pytest.mark.slow
+def test_a_live_preview_shows_where_the_model_looks(toy, mug_set, monkeypatch):
+    """Beside the estimate: the first picture under the concept's map; the node says step and loss."""
+    from concepts.host import learn as learning
+
+    shown, said = [], []
+    show = learning.Progress.show
+    monkeypatch.setattr(learning.Progress, "show", lambda self, *given: (shown.append(given), show(self, *given)))
+    monkeypatch.setattr(learning, "say", said.append)
+    done = learn(toy, mug_set, steps=4)
+    pictures = [given[2] for given in shown if len(given) > 1]
+    assert len(pictures) == 2 and all(
+        p.ndim == 3 and p.shape[-1] == 3 and bool(torch.isfinite(p).all()) for p in pictures
+    )
+    assert not torch.equal(*pictures) and len(said) == 4
+    assert said[-1] == f"step 4 of 4; loss {done.losses[-1]:.4f}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_shows_where_it_looks(family, mug_set):
+    from concepts.host.gradients import training
+    from concepts.host.learn_tokens import TokenSession
+
+    made = tiny(family)
+    with torch.inference_mode():
+        data = replace(
+            mug_set,
+            latents=(made.latent,) * 2,
+            masks=(None,) * 2,
+            captions=(("a {} on sand",),) * 2,
+            mirrored=(False,) * 2,
+        )
+        session = TokenSession(made.model, made.clip, data, settings())
+        with training(made.model, made.clip.patcher):
+            session.begin()
+            seen = session.seen()
+    assert seen is not None and seen.shape[-1] == 3 and bool(torch.isfinite(seen).all()) and float(seen.std()) > 0
 
 
 @pytest.mark.slow
@@ -218,8 +326,6 @@ def ordinary_entry(entry):
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_layers_are_refused_without_cross_attention(mug_set, family):
     from concepts.host.learn_tokens import TokenSession
-
-    from .tiny import tiny
 
     made = tiny(family)
     with pytest.raises(CarrierMismatch, match="layers to shared"):
@@ -329,3 +435,41 @@ def test_room_counts_what_is_still_to_be_loaded(toy, monkeypatch):
         free = model.model_size() - 10 + 1.26 * model.memory_required([rows, 4, 16, 16])
         monkeypatch.setattr(management, "get_free_memory", lambda device, free=free: free)
         assert _rows_per_pass(model, (1, 4, 16, 16)) == rows
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_model_in_fp16_learns_as_one_in_fp32(family, mug_set):
+    """A loss as small as of pictures of full size: unscaled its gradients vanish in fp16."""
+    from concepts.host import learn as learning
+    from concepts.host.gradients import training
+    from concepts.host.learn_tokens import TokenSession
+    from concepts.kernels.fit import Adam, fit
+
+    def gradient(dtype, scale=None):
+        made, found = tiny(family, dtype=dtype), {}
+        with torch.inference_mode():
+            data = replace(
+                mug_set, latents=(made.latent,), masks=(None,), captions=(("a {} on sand",),), mirrored=(False,)
+            )
+            session = TokenSession(made.model, made.clip, data, settings(batch=1))
+
+        class Noted(Adam):
+            def update(self, parameters, state):
+                found.update({k: p.grad.clone() for k, p in parameters.items()})
+
+        with torch.inference_mode(), training(made.model, made.clip.patcher):
+            session.begin()
+
+            def small(*given):
+                return session.step_loss(*given) * 1e-4
+
+            scale = learning.loss_scale(made.model) if scale is None else scale
+            next(fit(session.parameters, small, Noted(), 1, scale=scale))
+        return torch.cat([g.flatten() for g in found.values()])
+
+    def alike(a, b):
+        return float(torch.cosine_similarity(a, b, dim=0))
+
+    expected = gradient(torch.float32)
+    assert alike(gradient(torch.float16), expected) > 0.99
+    assert alike(gradient(torch.float16, scale=1.0), expected) < 0.9
