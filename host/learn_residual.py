@@ -17,7 +17,7 @@ from .descriptions import caption_mean, description
 from .exclusion import Anchor, Exclusion, anchor_count
 from .learn import RunSettings, Session
 from .learn_tokens import chosen_encoders
-from .text import Encoder, start_rows
+from .text import Encoder, encoders, start_rows
 
 MARK = "residual"
 BOTH, ALONE = 0, 1
@@ -94,6 +94,12 @@ def preset(which: str, /, **values) -> ResidualSettings:
     return ResidualSettings(**values | PRESETS[which], preset=which)
 
 
+def replaced(which: str, /, **values) -> str:
+    """What a preset changes of ``values``, as a line; empty when nothing."""
+    changed = [f"{k} {v} (asked {values[k]})" for k, v in PRESETS[which].items() if k in values and values[k] != v]
+    return f"preset {which}: {', '.join(changed)}" if changed else ""
+
+
 class ResidualSession(Session):
     """Parameters: the target's rows per encoder key, and ``residual.<key>`` [pictures, n, width]."""
 
@@ -162,6 +168,8 @@ class ResidualSession(Session):
             return []
         info = {
             "residual_of": self.settings.name,
+            "joined": self.settings.joined,
+            "clip": [e.key for e in encoders(self.clip)],
             "architecture": type(self.denoiser.model.model_config).__name__,
             "base": self.fingerprint,
         }
@@ -187,6 +195,9 @@ class ResidualSession(Session):
     def condition(self, parameters, pictures, captions, sigma):
         """The target with each picture's residual."""
         return [self.prompts.encode(BOTH, self._rows(parameters, i)) for i in pictures], None
+
+    def watched(self):
+        return self.prompts.tokens[BOTH]
 
     # --- losses
 

@@ -165,7 +165,7 @@ class LearnResiduals(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concept_set, continue_from=None, **values) -> io.NodeOutput:
-        from ..host.learn_residual import ResidualSession, preset  # not at every start
+        from ..host.learn_residual import ResidualSession, preset, replaced  # not at every start
 
         shown = {
             k: values[k] for k in ("vectors", "residual_init", "beta", "anchors", "reduction", "null_bank", "rescale")
@@ -182,6 +182,8 @@ class LearnResiduals(io.ComfyNode):
         }
         session = ResidualSession(model, clip, concept_set, preset(values["preset"], **asked), continue_from)
         _, given, text = shared.run(session, values)
+        text = "\n".join(filter(None, (text, replaced(values["preset"], **asked))))
+        given = (*given[:-1], text)
         residuals = session.residuals()
         prompts = [f"a photo of <{concept.name}>" for concept in residuals]
         return io.NodeOutput(*given, residuals, prompts, ui={"text": (text,)})

@@ -245,7 +245,7 @@ def test_rows_of_the_ablation(toy, mug_set, row):
 
 
 def test_presets_replace_what_they_fix_and_nothing_else(host):
-    from concepts.host.learn_residual import PRESETS, ResidualSettings, preset
+    from concepts.host.learn_residual import PRESETS, ResidualSettings, preset, replaced
 
     values = {"name": "mug", "steps": 7, "learning_rate": 1.0, "beta": 3.0, "seed": 5, "anchors": 2, "joined": False}
     assert preset("custom", **values) == ResidualSettings(**values)
@@ -254,6 +254,8 @@ def test_presets_replace_what_they_fix_and_nothing_else(host):
     assert (paper.seed, paper.anchors, paper.preset) == (5, 2, "paper")
     assert preset("flux repository", **values).steps == 7 and preset("repository", **values).accumulate == 1
     assert all(set(p) <= set(vars(paper)) for p in PRESETS.values())
+    assert "learning_rate 0.0004 (asked 1.0)" in replaced("paper", **values) and not replaced("custom", **values)
+    assert "joined" not in replaced("repository", **values), "as asked"
 
 
 def test_a_residual_starts_as_the_mean_of_its_caption(toy, mug_set):
