@@ -22,14 +22,8 @@ def sampled(
 ) -> torch.Tensor:
     """The VAE latent [1, c, h, w] that the host's KSampler makes of a prompt with the concept (nodes.py).
 
-    ``negative``: CONDITIONING, or None for the empty prompt. Shows progress. Raises: ValueError for a batch; the host's
-    interrupt.
+    ``negative``: CONDITIONING, or None for the empty prompt. Shows progress. Raises: the host's interrupt.
     """
-    if len(latent["samples"]) != 1:
-        raise ValueError(
-            f"The latent is a batch of {len(latent['samples'])}, and a concept is refined for one picture; set "
-            "batch_size to 1."
-        )
     positive = encode_prompt(clip, text, [(concept, 1.0)])
     if negative is None:
         negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
@@ -55,6 +49,15 @@ def sampled(
         disable_pbar=True,
         seed=seed,
     )
+
+
+def single(latent: dict) -> None:
+    """Raises: ValueError for a batch of several pictures."""
+    if len(latent["samples"]) != 1:
+        raise ValueError(
+            f"The latent is a batch of {len(latent['samples'])}, and a concept is refined for one picture; set "
+            "batch_size to 1, or take one with Latent From Batch."
+        )
 
 
 def data_of(vae, images: torch.Tensor, mask, texts: tuple[str, str], made: torch.Tensor) -> ConceptSet:
@@ -97,15 +100,16 @@ def refined(
     checkpointing: str = "auto",
     strict: bool = False,
 ) -> tuple[Concept, torch.Tensor, torch.Tensor, str]:
-    """CONCEPT for this picture; IMAGE of the matches with the first reference; IMAGE of the picture before; a report.
+    """CONCEPT for this picture; IMAGE of the matches with a reference; IMAGE of the picture before; a report.
 
     ``sampling``: the keywords of ``sampled``; ``generated``: the picture as a LATENT, which is then not sampled.
     Raises: ValueError instead of handing back the concept as it is, when ``strict``; as ``sampled``, ``refine`` and
     ``data_of`` do.
     """
     texts = (reference_text.strip() or f"a photo of <{concept.name}>", text)
+    single(latent if generated is None else generated)
     if generated is not None:
-        made = generated["samples"][:1]
+        made = generated["samples"]
     else:
         made = sampled(model, clip, concept, text, negative, latent, **sampling)
     before = vae.decode(made)
@@ -121,21 +125,22 @@ def refined(
 
 
 def _matches(done: Refined, vae, images: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """The pairs of the first reference as lines; without any the picture alone."""
-    if not done.pairs or not len(done.pairs[0].first):
+    """The pairs of the first reference that has some, as lines; without any the picture alone."""
+    number = next((n for n, pairs in enumerate(done.pairs) if len(pairs.first)), None)
+    if number is None:
         return before
     multiple = int(vae.spacial_compression_encode())
     side = round((before.shape[1] * before.shape[2]) ** 0.5)
-    first = fitted(images[0].movedim(-1, 0)[:3].float(), side, multiple).movedim(0, -1)
+    first = fitted(images[number].movedim(-1, 0)[:3].float(), side, multiple).movedim(0, -1)
     ends = []
     for cells, grid, picture in (
-        (done.pairs[0].first, done.grids[0], first),
-        (done.pairs[0].second, done.grids[-1], before[0]),
+        (done.pairs[number].first, done.grids[number], first),
+        (done.pairs[number].second, done.grids[-1], before[0]),
     ):
         cells = cells.cpu()
         ends.append(points((cells // grid[1]).float(), (cells % grid[1]).float(), grid, tuple(picture.shape[:2])))
     sizes = (tuple(first.shape[:2]), tuple(before.shape[1:3]))
-    return joined(Matches(*ends, done.pairs[0].score.cpu(), *sizes), first, before[0], SHOWN)
+    return joined(Matches(*ends, done.pairs[number].score.cpu(), *sizes), first, before[0], SHOWN)
 
 
 def report(done: Refined, text: str) -> str:

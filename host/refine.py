@@ -29,7 +29,7 @@ from .feature_hooks import captured
 from .feature_places import preset
 from .features import extract, sigma_at, unscaled
 from .gradients import training
-from .learn import RunSettings, Session, memory_of, planned
+from .learn import RunSettings, Session, loss_scale, memory_of, planned
 from .matching import covered
 from .positions import columns_of
 from .progress import Progress
@@ -273,8 +273,10 @@ class RefineSession(Session):
         self.pairs, count = tuple(found), sum(len(p.first) for p in found)
         if count < FEWEST:
             raise TooFew(
-                f"Only {count} points of the references were found in the picture, fewer than {FEWEST}; lower "
-                "minimum_score, turn mutual off, or connect a mask that covers more."
+                f"Only {count} points of the references were found in the picture, fewer than {FEWEST}; "
+                + ("lower minimum_score, " if s.minimum > -1 else "")
+                + ("turn mutual off, " if s.mutual else "")
+                + "connect a mask that covers more, make the picture larger, or try another seed."
             )
 
     def losses(self, parameters, pictures, captions, when, draw):
@@ -327,7 +329,9 @@ def refine(session: RefineSession, checkpointing: str = "auto") -> Refined:
         progress.show(1)
         with training(*patchers, checkpointing=recompute, memory=memory), session.attached():
             session.begin()
-            for step in fit(session.parameters, session.step_loss, session.optimiser, s.steps):
+            for step in fit(
+                session.parameters, session.step_loss, session.optimiser, s.steps, scale=loss_scale(session.model)
+            ):
                 progress.show(1 + step.number)
             with torch.no_grad():
                 session.step_loss(session.parameters, 0, 0)

@@ -72,6 +72,15 @@ def extracted(made, latent, text, what, words):
         return extract(made.model, made.clip, latent[None], preset(made.model, "PDM", words), text, [what])
 
 
+def test_a_batch_is_no_picture(made):
+    from concepts.host.query import refined
+
+    batch = {"samples": torch.zeros(2, *made.latent.shape)}
+    for given in ({}, {"generated": batch}):
+        with pytest.raises(ValueError, match="a batch of 2"):
+            refined(made.model, made.clip, None, concept(made), TEXTS[1], None, batch, settings(), {}, **given)
+
+
 def test_features_are_those_of_extract(made):
     from concepts.host.gradients import training
 
