@@ -67,16 +67,23 @@ def home(folder: str, concept) -> Path:
 
     Raises: ValueError when the stock loader of that folder could not read it.
     """
-    from ..carriers.delta import bundled  # not at every start
+    from .text import as_tokens  # not at every start
 
     if folder == KIND:
         return output()
     if concept.kind == "modulation":
         raise ValueError(f"<{concept.name}> modulates words, which only Concept Prompt can do; choose concepts.")
-    if folder == "embeddings" and concept.kind == "delta" and not bundled(concept.tensors, concept.name):
-        raise ValueError(f"<{concept.name}> bundles no token rows, so it is no embedding; choose concepts or loras.")
     if folder == "loras" and concept.kind != "delta":
         raise ValueError(f"<{concept.name}> is made of {concept.kind}; choose concepts or embeddings.")
+    if folder == "embeddings":
+        rows = as_tokens(concept) if concept.kind != "mapper" else None
+        if rows is None:
+            raise ValueError(f"<{concept.name}> holds no token rows, so it is no embedding; choose concepts or loras.")
+        if any(value.shape[:3] != (1, 1, 1) for value in rows.tensors.values()):
+            raise ValueError(
+                f"<{concept.name}> has rows per stage, layer or for K and V, which only Concept Prompt can use; choose "
+                "concepts."
+            )
     place = Path(folder_paths.get_folder_paths(folder)[0])
     place.mkdir(parents=True, exist_ok=True)
     return place

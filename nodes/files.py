@@ -56,7 +56,10 @@ class SaveCarrier(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="path", tooltip="Where the file is, relative to the host's folder.")
+                io.String.Output(
+                    display_name="path",
+                    tooltip="Its name as Load Concept lists it; the node shows where it is on disk.",
+                )
             ],
         )
 
@@ -77,7 +80,7 @@ class SaveCarrier(io.ComfyNode):
             {k: json.dumps(v) for k, v in notes.items() if v is not None},
         )
         shown = f"{folder}/{target.name}"
-        return io.NodeOutput(shown, ui={"text": (f"saved {shown}",)})
+        return io.NodeOutput(shown, ui={"text": (f"saved {shown}", str(target))})
 
 
 class LoadCarrier(io.ComfyNode):
