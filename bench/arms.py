@@ -30,9 +30,9 @@ def arrays(scenes: list[world.Scene]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([world.pixels(p) for p, _ in drawn]), np.stack([world.pixels(m) for _, m in drawn])
 
 
-def scenes_of(name: str) -> list[world.Scene]:
-    """Twelve places that prompts name; backgrounds go round twice with other positions and sizes."""
-    places = world.references(name, PROMPTS, seed=2)
+def scenes_of(name: str, count: int = PROMPTS) -> list[world.Scene]:
+    """Places that prompts name; backgrounds go round with other positions and sizes."""
+    places = world.references(name, count, seed=2)
     return [
         world.replace(s, position=world.POSITIONS[i % 3], size=world.SIZES[i // 3 % 2]) for i, s in enumerate(places)
     ]

@@ -1,8 +1,9 @@
 """What five modulated words cost while sampling, against the same prompt without directions.
 
-Flux's own class with all its blocks (19 double, 38 single) at an eighth of its width, random weights, a text of 256
-rows, 512 px, stock sampler; in pairs that take turns in one process. Five words of one and of three rows each, with a
-direction for every block; without a negative, as Flux samples, and with one. ``nox -s bench -- modulation_cost``
+Flux's own class with random weights, a text of 256 rows, the stock sampler, in pairs that take turns in one process:
+all its blocks (19 double, 38 single) at an eighth of its width and 512 px, and three blocks at its full width and 256
+px. Five words of one and of three rows each, with a direction for every block; without a negative, as Flux samples, and
+with one. ``nox -s bench -- modulation_cost``
 """
 
 import json
@@ -13,11 +14,14 @@ import time
 import torch
 
 from . import toy
-from .runner import RESULTS, machine, noisy, ratio, reference
+from .runner import RESULTS, Peak, machine, noisy, ratio, reference
 
-PAIRS, GOAL, STEPS, SIDE, TEXT, WIDTH, ROWS, POOLED = 5, 1.10, 4, 64, 256, 384, 1024, 64
+PAIRS, GOAL, STEPS, SIDE, TEXT, WIDTH, ROWS, POOLED = 3, 1.10, 2, 64, 256, 384, 1024, 64
 PIECES = (1, 3)
 SIDES = {"no negative": 1.0, "with a negative": 3.0}
+FEW = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 2}
+CASES = {"57 blocks of width 384": ({}, SIDE, SIDES), "3 blocks of width 3072": (FEW, SIDE // 2, {"no negative": 1.0})}
+"""Name -> changes of the configuration, side of the latent, and what is sampled with."""
 
 
 def fill(network: torch.nn.Module, draw: torch.Generator) -> None:
@@ -85,34 +89,51 @@ def seconds(
     return time.perf_counter() - begun
 
 
-def main(options, rest) -> int:
-    load, products = os.getloadavg()[0], [reference()]
-    toy.host()
+def compared(changes: dict, side: int, sides: dict, products: list[float]) -> dict:
+    """Rows of one of ``CASES``: time and memory above the weights, with words over without."""
+    table = {}
     with torch.inference_mode():
-        patcher = model()
-        found = conditionings(patcher)
+        patcher = model(changes)
+        found = conditionings(patcher, width=changes.get("hidden_size", WIDTH))
         negative = [[torch.randn(1, TEXT, ROWS), {"pooled_output": torch.randn(1, POOLED)}]]
-    plain, table = found.pop("plain"), {}
-    for side, cfg in SIDES.items():
-        seconds(patcher, plain, negative, cfg)
+    plain, shape = found.pop("plain"), (16, side, side)
+
+    def taken(words, cfg) -> tuple[float, float]:
+        peak = Peak()
+        return seconds(patcher, words, negative, cfg, shape), peak.report()["peak_above_weights"]
+
+    for called, cfg in sides.items():
+        taken(plain, cfg)
         for name, words in found.items():
-            seconds(patcher, words, negative, cfg)
+            taken(words, cfg)
             pairs = []
             for number in range(PAIRS):
                 order = (plain, words) if number % 2 == 0 else (words, plain)
-                taken = [seconds(patcher, c, negative, cfg) for c in order]
-                pairs.append(taken if number % 2 == 0 else taken[::-1])
-            products.append(reference())
-            both, one = [b for _, b in pairs], [a for a, _ in pairs]
-            table[f"{name}, {side}"] = dict(zip(("with / without", "from", "to"), ratio(both, one), strict=True))
+                both = [taken(c, cfg) for c in order]
+                pairs.append(both if number % 2 == 0 else both[::-1])
+                products.append(reference())
+            row = table[f"{name}, {called}"] = {}
+            for place, what in enumerate(("with / without", "memory")):
+                parts = ratio([b[place] for _, b in pairs], [a[place] for a, _ in pairs])
+                row |= dict(zip((what, f"{what} from", f"{what} to"), parts, strict=True))
+    return table
+
+
+def main(options, rest) -> int:
+    load, products = os.getloadavg()[0], [reference()]
+    toy.host()
+    table = {
+        f"{case}: {name}": row for case, given in CASES.items() for name, row in compared(*given, products).items()
+    }
     why = noisy(products, load)
     if why and not options.accept_noise:
         print(f"No report: {why}.", file=sys.stderr)
         return 3
     for name, row in table.items():
-        middle, low, high = row.values()
+        middle, low, high, *memory = row.values()
         verdict = "reached" if middle <= GOAL else "MISSED"
-        print(f"{name:30s} {middle:.3f} ({low:.3f}..{high:.3f}) of the plain prompt's time; goal {GOAL}: {verdict}")
+        both = f"{middle:.3f} ({low:.3f}..{high:.3f}) of the plain prompt's time, {memory[0]:.2f} of its memory"
+        print(f"{name:60s} {both}; goal {GOAL}: {verdict}")
     report = {"noise": why, "reference_gflops": products, "machine": machine(), "goal": GOAL, "table": table}
     (RESULTS / "modulation_cost.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -34,14 +34,6 @@ CHANGES = {
 NAMES = [n for n in world.NOVEL if not world.NOVEL[n].scene.style]
 
 
-def scenes_of(name: str) -> list[world.Scene]:
-    """Places that prompts name, as in ``arms.scenes_of``, for all prompts."""
-    places = world.references(name, PROMPTS, seed=2)
-    return [
-        world.replace(s, position=world.POSITIONS[i % 3], size=world.SIZES[i // 3 % 2]) for i, s in enumerate(places)
-    ]
-
-
 def draw(parts, model, concepts: list, texts: list[str], noise: torch.Tensor) -> torch.Tensor:
     """Latents of prompts, each with its concept, from the rows of ``noise``, by the stock sampler's code."""
     import comfy.sample
@@ -77,7 +69,7 @@ def before(name: str, seed: int, kind: str):
     from concepts.host import lora
 
     parts, concept = arms.parts(), learned(name, seed, kind)
-    texts = [world.reference_caption(s, "<novel>") for s in scenes_of(name)]
+    texts = [world.reference_caption(s, "<novel>") for s in arms.scenes_of(name, PROMPTS)]
     channels = parts[0].model.latent_format.latent_channels
     noise = torch.randn(PROMPTS, channels, 16, 16, generator=torch.Generator().manual_seed(1000 * (seed + 1)))
     with torch.inference_mode():
@@ -107,7 +99,7 @@ def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor,
     noise, latents = before(name, seed, kind)
     scene = world.references(name, 1, 0)
     picture, mask = (torch.from_numpy(a).float() / 255 for a in arms.arrays(scene))
-    texts = [world.reference_caption(s, "<novel>") for s in scenes_of(name)]
+    texts = [world.reference_caption(s, "<novel>") for s in arms.scenes_of(name, PROMPTS)]
     rate, done, changes = concept.info["learning_rate"], [], dict(changes)
     rate *= changes.pop("part", 1.0)
     with torch.inference_mode():
@@ -137,7 +129,7 @@ def measured(parts, eyes, name: str, seed: int, method: str) -> dict:
     with torch.inference_mode():
         pictures = (parts[2].decode(made) * 255).round().byte().numpy()
     references, masks = arms.arrays(world.references(name, 8, seed=1))
-    wanted = [{f: getattr(s, f) for f in ("background", "position", "size")} for s in scenes_of(name)]
+    wanted = [{f: getattr(s, f) for f in ("background", "position", "size")} for s in arms.scenes_of(name, PROMPTS)]
     return {
         "fidelity": measure.fidelity(eyes, pictures, references, masks).tolist(),
         "following": measure.following(eyes, pictures, wanted).tolist(),

@@ -68,6 +68,9 @@ def separate(parts, vae, ensemble, picture, made) -> torch.Tensor:
         refine.RefineSession.find(session)
 
     session.find = find
+    session.passed = lambda parameters, rows: [
+        refine.RefineSession.passed(session, parameters, [row])[0] for row in rows
+    ]
     try:
         vae.encode(picture)  # for the diffusion loss, as the features had theirs in ``setup``
         vae.encode(shown)
