@@ -95,6 +95,7 @@ class LoadToyReferences(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Another seed gives other pictures of the same concept, for example to judge the result; "
                     "with two things, other objects.",
                 ),

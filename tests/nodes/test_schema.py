@@ -12,7 +12,10 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 SNAPSHOT, PAGES = HERE / "schema.json", HERE.parents[1] / "web" / "docs"
-FROZEN = ("default", "min", "max", "step", "multiline", "advanced", "dynamicPrompts", "round")
+FROZEN = (
+    *("default", "min", "max", "step", "multiline", "advanced", "dynamicPrompts", "round"),
+    "control_after_generate",  # a widget of its own behind the value
+)
 FILES = {("ConceptLoadCarrier", "file"), ("ConceptLoadDictionary", "file")}
 """Choices that depend on the user's folders."""
 
