@@ -19,6 +19,8 @@ LARGEST = 1 << 35
 """Bytes of a dictionary's file, optimiser state included."""
 PARTS = {"encoder": "md", "encoder_bias": "m", "decoder": "md", "decoder_bias": "d", "mean": "d", "scale": "d"}
 OPTIONAL = {"threshold": "m", "usage": "m"}
+MEASURED = ("fvu", "l0", "measured_tokens", "silent", "silent_tokens")
+"""Facts that hold for one k alone."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ and MSAE. All become one form (dictionary.py): latents along the first axis, the
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from .dictionary import LARGEST, Dictionary, own_dictionary
+from .dictionary import LARGEST, MEASURED, Dictionary, own_dictionary
 from .errors import CarrierError, CarrierFileError
 from .files import is_own, parse, read_bytes
 from .foreign import pickled, unpickled
@@ -35,7 +36,7 @@ def read_dictionary(path: Path, k: int = 0) -> Dictionary:
     else:
         content, metadata = parse(data, path)
         if is_own(content, metadata):
-            return own_dictionary(content, metadata, path)
+            return _asked(own_dictionary(content, metadata, path), k, path)
     inner = content.get("state_dict")
     content = inner if isinstance(inner, Mapping) else content
     for source, wanted, make in LAYOUTS:
@@ -81,6 +82,16 @@ def _name(path: Path) -> str:
     plain = path.stem in ("sae_weights", "sae", "ae", "state_dict", "model", "checkpoint", "sae_checkpoint")
     cleaned = re.sub(r"[^A-Za-z0-9_-]+", "_", path.parent.name if plain else path.stem).strip("_")[:64]
     return cleaned or "dictionary"
+
+
+def _asked(own: Dictionary, k: int, path: Path) -> Dictionary:
+    """With ``k``, and then without what was measured at another."""
+    try:
+        k = _k(k, own.k, own.tensors)
+        info = {key: value for key, value in own.info.items() if key not in MEASURED}
+        return own if k == own.k else replace(own, k=k, info=info)
+    except CarrierError as error:
+        raise CarrierFileError(f"{path}: {error}") from error
 
 
 def _k(asked: int, found: int, parts: Mapping[str, torch.Tensor]) -> int:

@@ -154,7 +154,7 @@ class LoadDictionary(io.ComfyNode):
                     default=0,
                     min=0,
                     max=65536,
-                    tooltip="Active latents per token, where the file does not say it. 0: what the file says.",
+                    tooltip="Active latents per token instead of what the file says. 0: what the file says.",
                 ),
                 io.Clip.Input(
                     "clip",

@@ -53,6 +53,20 @@ def test_round_trip(more, tmp_path):
     assert same(read_dictionary(tmp_path / "a.safetensors"), one)
 
 
+def test_k_can_be_given_instead_of_the_files(tmp_path):
+    """And then nothing is said that was measured at another."""
+    measured = {"fvu": 0.1, "l0": 2.0, "measured_tokens": 9, "silent": 0.5, "silent_tokens": 20}
+    one = replace(made(), info=made().info | measured)
+    path = tmp_path / "a.safetensors"
+    write_dictionary(one, path)
+    assert same(read_dictionary(path, K), one) and same(read_dictionary(path, 1), replace(made(), k=1))
+    with pytest.raises(CarrierFileError, match="a.safetensors.*give k"):
+        read_dictionary(path, M + 1)
+    write_dictionary(made(0, threshold=torch.zeros(M)), path)
+    with pytest.raises(CarrierFileError, match="a.safetensors.*set k to 0"):
+        read_dictionary(path, 1)
+
+
 def test_the_golden_file_reads_for_ever_and_is_still_written(tmp_path):
     """It was written once by ``write_dictionary(made(), path)``."""
     assert same(read_dictionary(GOLDEN), made())
