@@ -51,11 +51,14 @@ def read_dictionary(path: Path, k: int = 0) -> Dictionary:
                     f"{path} looks like a dictionary of {source}, but its parts do not fit together ({error}); copy "
                     "it again."
                 ) from error
-    listed = ", ".join(str(key)[:40] for key in list(content)[:12]) or "nothing"
     raise CarrierFileError(
-        f"{path} is no dictionary of a known kind: its keys are {listed}. Known are those of this pack, SAELens, "
-        "sparsify, OpenAI (sdxl-unbox, Concept Steerers), dictionary_learning and MSAE."
+        f"{path} is no dictionary of a known kind: its keys are {_listed(content)}. Known are those of this pack, "
+        "SAELens, sparsify, OpenAI (sdxl-unbox, Concept Steerers), dictionary_learning and MSAE."
     )
+
+
+def _listed(content: Mapping) -> str:
+    return ", ".join(str(key)[:40] for key in list(content)[:12]) or "nothing"
 
 
 def _has(content: Mapping, key: str) -> bool:
@@ -184,10 +187,13 @@ def _matrices(content: Mapping, config: Mapping) -> Found:
     old = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
     kind = "topk" if kind == "standard" and old == "topk" else kind
     if kind not in ("standard", "topk", "jumprelu", "batchtopk") or not jump and old not in ("relu", "topk"):
-        raise CarrierError(f"Its architecture is {kind} with {old}; standard, topk and jumprelu can be read.")
+        raise CarrierError(f"Its architecture is {kind} with {old}; standard, topk, batchtopk and jumprelu are known.")
     if not config.get("apply_b_dec_to_input", not jump):
         bias = bias + encoder @ offset
-    threshold = content["threshold"].float() if "threshold" in content else torch.zeros(1)
+    threshold = next((content[key] for key in ("threshold", "topk_threshold") if key in content), None)
+    if threshold is None and kind in ("jumprelu", "batchtopk"):
+        raise CarrierError(f"Its architecture is {kind}, and a threshold is missing; its keys are {_listed(content)}.")
+    threshold = torch.zeros(1) if threshold is None else threshold.float()
     if config.get("rescale_acts_by_decoder_norm"):
         norm = decoder.norm(dim=1)
         encoder, bias, decoder = encoder * norm[:, None], bias * norm, decoder / norm[:, None]

@@ -103,6 +103,12 @@ CASES = {
         *("sae_weights.safetensors", {**MATRICES, "threshold": THETA}, {**LENS, "architecture": "jumprelu"}),
         lambda: plain(pre().relu() * (pre() > THETA)),
     ),
+    "SAELens batchtopk, a checkpoint": (
+        "sae_weights.safetensors",
+        {**MATRICES, "topk_threshold": torch.tensor(0.8, dtype=torch.float64)},
+        {**LENS, "architecture": "batchtopk", "k": float(K), "normalize_activations": None},
+        lambda: plain(pre().relu() * (pre() > 0.8)),
+    ),
     "SAELens standard": (
         "sae_weights.safetensors",
         MATRICES,
@@ -166,6 +172,10 @@ def test_k_can_be_given_where_the_file_has_none(tmp_path):
         ("a.pt", {}, {}, "its keys are nothing"),
         ("a.safetensors", MATRICES, {}, "cfg.json"),
         ("a.safetensors", MATRICES, {**LENS, "architecture": "gated"}, "architecture is gated"),
+        *(
+            ("a.safetensors", MATRICES, {**LENS, "architecture": kind}, f"is {kind}, and a threshold .* are .*W_enc")
+            for kind in ("jumprelu", "batchtopk")
+        ),
         ("a.safetensors", SPARSIFY, {"k": K, "activation": "groupmax"}, "groupmax"),
         ("a.safetensors", SPARSIFY, {"k": K, "transcode": True}, "transcode"),
         ("a.safetensors", {**SPARSIFY, "W_dec": W_D[:5]}, {"k": K}, "has shape"),
