@@ -190,6 +190,8 @@ def _matrices(content: Mapping, config: Mapping) -> Found:
         raise CarrierError(f"Its architecture is {kind} with {old}; standard, topk, batchtopk and jumprelu are known.")
     if not config.get("apply_b_dec_to_input", not jump):
         bias = bias + encoder @ offset
+    norms = {"none": "none", None: "none", False: "none", "layer_norm": "layer", "constant_norm_rescale": "length"}
+    _refused(config, normalize_activations=tuple(norms))
     threshold = next((content[key] for key in ("threshold", "topk_threshold") if key in content), None)
     if threshold is None and kind in ("jumprelu", "batchtopk"):
         raise CarrierError(f"Its architecture is {kind}, and a threshold is missing; its keys are {_listed(content)}.")
@@ -197,8 +199,7 @@ def _matrices(content: Mapping, config: Mapping) -> Found:
     if config.get("rescale_acts_by_decoder_norm"):
         norm = decoder.norm(dim=1)
         encoder, bias, decoder = encoder * norm[:, None], bias * norm, decoder / norm[:, None]
-    norms = {"layer_norm": "layer", "constant_norm_rescale": "length"}
-    info = {"norm": norms.get(config.get("normalize_activations", "none"), "none")}
+    info = {"norm": norms[config.get("normalize_activations")]}
     hook = (config.get("metadata") or config.get("meta") or config).get("hook_name")
     info |= {"hook": hook} if hook else {}
     info |= {"source": "dictionary_learning"} if jump else {}

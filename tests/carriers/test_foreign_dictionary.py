@@ -176,6 +176,10 @@ def test_k_can_be_given_where_the_file_has_none(tmp_path):
             ("a.safetensors", MATRICES, {**LENS, "architecture": kind}, f"is {kind}, and a threshold .* are .*W_enc")
             for kind in ("jumprelu", "batchtopk")
         ),
+        *(
+            ("a.safetensors", MATRICES, {**LENS, "normalize_activations": norm}, f"is {norm!r}; only .*'layer_norm'")
+            for norm in ("expected_average_only_in", "covariance_whitening", True)
+        ),
         ("a.safetensors", SPARSIFY, {"k": K, "activation": "groupmax"}, "groupmax"),
         ("a.safetensors", SPARSIFY, {"k": K, "transcode": True}, "transcode"),
         ("a.safetensors", {**SPARSIFY, "W_dec": W_D[:5]}, {"k": K}, "has shape"),
