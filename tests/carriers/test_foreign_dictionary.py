@@ -72,6 +72,10 @@ CASES = {
     "OpenAI, its own TopK": ("ae.pt", {**OPENAI, **OPENAI_TOPK}, {}, layer_norm),
     "OpenAI, ReLU": ("ae.pt", {**OPENAI, "activation": "ReLU"}, {}, lambda: plain(pre().relu())),
     "sparsify": ("sae.safetensors", SPARSIFY, {"k": K, "activation": "topk"}, lambda: plain(top(pre()))),
+    "sparsify, SAeUron": (
+        *("sae.safetensors", SPARSIFY, {"k": K, "input_unit_norm": True, "batch_topk": False, "sample_topk": False}),
+        layer_norm,
+    ),
     "dictionary_learning TopK": (
         *("ae.pt", {**LINEAR, "b_dec": B_D, **BATCH}, {"trainer": {"dict_class": "AutoEncoderTopK", "k": K}}),
         lambda: plain(top(pre())),
@@ -181,6 +185,8 @@ def test_k_can_be_given_where_the_file_has_none(tmp_path):
             for norm in ("expected_average_only_in", "covariance_whitening", True)
         ),
         ("a.safetensors", SPARSIFY, {"k": K, "activation": "groupmax"}, "groupmax"),
+        ("a.safetensors", SPARSIFY, {"k": K, "batch_topk": True}, "batch_topk is True"),
+        ("a.safetensors", SPARSIFY, {"k": K, "sample_topk": True}, "sample_topk is True"),
         ("a.safetensors", SPARSIFY, {"k": K, "transcode": True}, "transcode"),
         ("a.safetensors", {**SPARSIFY, "W_dec": W_D[:5]}, {"k": K}, "has shape"),
         ("a.pt", {**OPENAI, "encoder.weight": B_E}, {"k": K}, "do not fit|not whole"),
