@@ -40,7 +40,8 @@ class Dictionary:
     """Active latents per token; 0 where ``threshold`` decides."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """JSON facts: source, settings, FVU. ``norm``: one of NORMS, what is done to each token first. ``encoder``: the
-    text encoder's key. ``words``: per latent the corpus words that fire it most, as [word, activation]."""
+    text encoder's key. ``words``: per latent the corpus words that fire it most, as [word, activation]. ``dead``: share
+    of latents that counted as dead when learning ended; ``silent``: of those that no one of ``silent_tokens`` fires."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Optimiser state for continuing; may be empty."""
 

@@ -229,6 +229,7 @@ class DictionarySession:
             "learned": {**asdict(self.settings), "steps": len(losses)},
             "loss_first": losses[0],
             "loss_last": losses[-1],
+            "dead": float(self.dead.float().mean()),
         }
         kept = {"losses": torch.tensor(losses, dtype=torch.float64), "quiet": self.quiet, "threshold": self.threshold}
         tensors = self.tensors()
@@ -295,9 +296,11 @@ def learned_text(done: DictionaryLearned) -> str:
         "numbers",
         f"loss: {info['loss_first']:.4f} first, {info['loss_last']:.4f} last",
         f"on {info['measured_tokens']} tokens of other prompts: unexplained variance (FVU) {info['fvu']:.4f}, active "
-        f"latents (L0) {info['l0']:.1f}, dead {100 * info['dead']:.1f}%",
+        f"latents (L0) {info['l0']:.1f}",
+        f"dead latents: {100 * info['dead']:.1f}%; silent in {info['silent_tokens']} measured tokens: "
+        f"{100 * info['silent']:.1f}%",
         f"NOT SAVED: {done.trouble}" if done.trouble else f"saved: output/dictionaries/{done.saved.name}",
     ]
     if info["dead"] > 0.5:
-        lines.append("Most latents never fire: lower expansion, raise the steps, or give a richer corpus.")
+        lines.append("Most latents are dead: lower expansion, raise the steps, or give a richer corpus.")
     return "\n".join(lines)

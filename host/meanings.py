@@ -33,7 +33,7 @@ def checked(clip, dictionary: Dictionary, width: int) -> None:
 
 
 def named(clip, dictionary: Dictionary, corpus: Corpus) -> Dictionary:
-    """The dictionary with the corpus words that fire its latents most, its mean use of them, FVU, L0 and dead share.
+    """The dictionary with the corpus words that fire its latents most, its mean use of them, FVU, L0 and silent share.
 
     Words count by their mean activation over all places where they stand. What is measured is measured on prompts that
     learning held back.
@@ -72,7 +72,7 @@ def named(clip, dictionary: Dictionary, corpus: Corpus) -> Dictionary:
     for latent, word, value in zip(*(t[order].tolist() for t in (latents, words, means)), strict=True):
         if len(labels[latent]) < NAMES:
             labels[latent].append([text[word], round(value, 3)])
-    facts["dead"] = float((~(fired | now)).float().mean())
+    facts |= {"silent": float((~(fired | now)).float().mean()), "silent_tokens": total + facts["measured_tokens"]}
     info = {**dictionary.info, **facts, "words": labels}
     return replace(dictionary, tensors={**dictionary.tensors, "usage": usage / max(1, total)}, info=info)
 

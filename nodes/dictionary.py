@@ -112,9 +112,7 @@ class TrainDictionary(io.ComfyNode):
             outputs=[
                 Dictionary.Output(display_name="dictionary", tooltip="Connect to Encode Words or Steer Word."),
                 io.Image.Output(display_name="loss_curve", tooltip="Loss per step and its running mean."),
-                io.String.Output(
-                    display_name="report", tooltip="FVU, active and dead latents on held-out prompts, and the file."
-                ),
+                io.String.Output(display_name="report", tooltip="FVU, active, dead and silent latents, and the file."),
             ],
         )
 

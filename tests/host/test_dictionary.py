@@ -197,6 +197,18 @@ def test_only_auxk_reaches_latents_that_never_fire(toy):
     assert moved == {3: True, 10**6: False}
 
 
+def test_dead_are_those_that_learning_counted(toy):
+    """Latents that are silent in the few tokens of a measurement are counted apart."""
+    from concepts.host.learn_dictionary import learned_text
+
+    fresh, late = (learn(toy, dead_after=n) for n in (10**6, 1))
+    info = fresh.dictionary.info
+    assert info["dead"] == 0 < info["silent"] and info["silent_tokens"] > info["measured_tokens"]
+    assert late.dictionary.info["dead"] == float((late.dictionary.state["quiet"] >= 1).float().mean()) > 0
+    text = learned_text(fresh)
+    assert f"dead latents: 0.0%; silent in {info['silent_tokens']} measured tokens: {100 * info['silent']:.1f}%" in text
+
+
 def test_settings_that_do_not_fit_are_refused(toy):
     done = learn(toy, steps=2)
     with pytest.raises(CarrierMismatch, match="Continue with the same settings"):
