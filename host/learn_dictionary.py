@@ -260,7 +260,7 @@ def learn_dictionary(
                 if save_every and done % save_every == 0:
                     keep(session.dictionary(last, losses), file)
                 if done % 10 == 0:
-                    say(f"{done} of {settings.steps} steps, loss {step.loss:.4f}")
+                    say(f"{done} of {settings.steps} steps, loss {losses[-1]:.4f}")
                 progress.show(done)
         except BaseException as error:  # newer hosts raise interrupts outside Exception
             if last is not None:
@@ -268,8 +268,9 @@ def learn_dictionary(
                 if isinstance(error, Diverged):
                     where = lost or f"It is in {file.name} (output/dictionaries)."
                     raise Diverged(
-                        f"{error} The state of step {len(losses)} is good. {where} Continue from it with a lower "
-                        "learning rate."
+                        f"The loss or its gradient is not finite at step {len(losses) + 1} (loss before "
+                        f"{losses[-1]:.4f}). The state of step {len(losses)} is good. {where} Continue from it with a "
+                        "lower learning rate."
                     ) from error
             raise
         for parameter in session.parameters.values():

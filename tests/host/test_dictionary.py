@@ -170,6 +170,25 @@ def test_an_interrupt_keeps_the_last_step(toy, monkeypatch):
     assert learn(toy, kept, steps=7, name="stopped").losses == whole.losses
 
 
+def test_losses_shown_are_those_of_the_curve(toy, monkeypatch):
+    """While it learns, and where it ends because a gradient is not finite."""
+    from concepts.host import learn_dictionary
+    from concepts.kernels.fit import Diverged
+
+    shown, loss = [], learn_dictionary.DictionarySession.loss
+    monkeypatch.setattr(learn_dictionary, "say", shown.append)
+    curve = learn(toy).losses
+    assert shown == [f"10 of 12 steps, loss {curve[9]:.4f}"]
+
+    def broken(self, parameters, step, micro):
+        more = (0 * parameters["decoder_bias"]).sum().sqrt() if step == 5 else 0  # 0, and its slope is not finite
+        return loss(self, parameters, step, micro) + more
+
+    monkeypatch.setattr(learn_dictionary.DictionarySession, "loss", broken)
+    with pytest.raises(Diverged, match=rf"at step 6 \(loss before {curve[4]:.4f}\). The state of step 5 is good"):
+        learn(toy, name="broken")
+
+
 def test_bf16_preselection_learns_the_same(toy):
     exact, rough = learn(toy, steps=6), learn(toy, steps=6, precision="bf16")
     assert rough.losses == pytest.approx(exact.losses, rel=2e-2)
