@@ -156,10 +156,12 @@ class DictionarySession:
                 f"Dictionary {earlier.name} is of tokens of {earlier.width} numbers, this text encoder gives "
                 f"{self.width}; connect the one it was learned on."
             )
-        state = {k: v.to(self.device) for k, v in earlier.state.items()}
+        state = dict(earlier.state)
+        self.past = state.pop("losses").tolist()  # fp64, which Apple's GPUs do not hold
+        state = {k: v.to(self.device) for k, v in state.items()}
         self.fixed = {k: earlier.tensors[k].to(self.device) for k in ("mean", "scale")}
         self.parameters = {k: earlier.tensors[k].to(self.device, copy=True) for k in LEARNED}
-        self.past, self.quiet, self.threshold = state.pop("losses").tolist(), state.pop("quiet"), state.pop("threshold")
+        self.quiet, self.threshold = state.pop("quiet"), state.pop("threshold")
         self.state = state
 
     def optimiser(self) -> UnitRows:

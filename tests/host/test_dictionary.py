@@ -189,6 +189,18 @@ def test_losses_shown_are_those_of_the_curve(toy, monkeypatch):
         learn(toy, name="broken")
 
 
+def test_continuing_moves_no_fp64_to_the_device(toy):
+    from concepts.host.corpus import Corpus
+    from concepts.host.learn_dictionary import DictionarySession
+
+    done = learn(toy, steps=2)
+    with torch.inference_mode(False):
+        meta = torch.device("meta")
+        session = DictionarySession(toy[1], Corpus(CORPUS, 0), settings(), done.dictionary, meta)
+    assert session.past == done.losses
+    assert all(t.device == meta and t.dtype != torch.float64 for t in session.state.values())
+
+
 def test_bf16_preselection_learns_the_same(toy):
     exact, rough = learn(toy, steps=6), learn(toy, steps=6, precision="bf16")
     assert rough.losses == pytest.approx(exact.losses, rel=2e-2)
