@@ -23,6 +23,12 @@ MEASURED = ("fvu", "l0", "measured_tokens", "silent", "silent_tokens")
 """Facts that hold for one k alone."""
 
 
+def check_name(name: str) -> None:
+    """Raises: CarrierError for what cannot be a dictionary's name."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise CarrierError(f"{str(name)[:80]!r} cannot be a dictionary's name; use 1 to 64 letters, digits, - or _.")
+
+
 @dataclass(frozen=True)
 class Dictionary:
     """An encoder and a decoder with m latents over tokens of width d.
@@ -46,10 +52,7 @@ class Dictionary:
     """Optimiser state for continuing; may be empty."""
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
-            raise CarrierError(
-                f"{str(self.name)[:80]!r} cannot be a dictionary's name; use 1 to 64 letters, digits, - or _."
-            )
+        check_name(self.name)
         try:
             info = json.loads(json.dumps(dict(self.info), allow_nan=False))
         except (TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 import comfy.model_management
 import torch
 
-from ..carriers.dictionary import Dictionary, write_dictionary
+from ..carriers.dictionary import Dictionary, check_name, write_dictionary
 from ..carriers.errors import CarrierFileError, CarrierMismatch
 from ..kernels.draws import generator
 from ..kernels.fit import Diverged, UnitRows, fit
@@ -41,7 +41,7 @@ LEARNED = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 
 @dataclass(frozen=True)
 class DictionarySettings:
-    """How a dictionary is learned; all of it is kept in its info."""
+    """How a dictionary is learned; all of it is kept in its info. Raises: CarrierError for the name."""
 
     name: str
     kind: str = "TopK"
@@ -60,6 +60,9 @@ class DictionarySettings:
     """Steps after which a latent that never fired counts as dead, and AuxK helps it."""
     precision: str = "fp32"
     """``bf16`` chooses candidates among the latents in bf16; their values stay fp32."""
+
+    def __post_init__(self):
+        check_name(self.name)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from concepts.carriers.dictionary import Dictionary
-from concepts.carriers.errors import CarrierMismatch
+from concepts.carriers.errors import CarrierError, CarrierMismatch
 from concepts.carriers.foreign_dictionary import read_dictionary
 
 from .tiny import FAMILIES, clip
@@ -168,6 +168,12 @@ def test_an_interrupt_keeps_the_last_step(toy, monkeypatch):
     kept, whole = read_dictionary(file), learn(toy)
     assert kept.info["learned"]["steps"] == 5 and kept.state["losses"].tolist() == whole.losses[:5]
     assert learn(toy, kept, steps=7, name="stopped").losses == whole.losses
+
+
+def test_a_bad_name_is_refused_before_anything_is_learned():
+    for name in ("my dog", "<mug>", ""):
+        with pytest.raises(CarrierError, match="letters, digits"):
+            settings(name=name)
 
 
 def test_losses_shown_are_those_of_the_curve(toy, monkeypatch):
