@@ -4,6 +4,7 @@ TopK with AuxK (arXiv 2406.04093), BatchTopK (arXiv 2412.06410), Matryoshka by k
 (arXiv 2503.17547). Features are made while learning and never held beyond one chunk of prompts.
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -249,11 +250,11 @@ def learn_dictionary(
 
     ``text``: the corpus (corpus.py). The state is on disk every ``save_every`` steps and after an interrupt or an
     error, in output/dictionaries; ``earlier`` continues from there, bit for bit on a CPU. The CLIP does not change.
-    Raises: CarrierMismatch, ValueError, Diverged, the host's interrupt.
+    Raises: CarrierMismatch, ValueError, Diverged, the host's OOM with advice, the host's interrupt.
     """
     began, corpus = time.monotonic(), Corpus(text, settings.seed)
     file = folders.dictionaries() / f"{settings.name}-{short(settings)}.safetensors"
-    with torch.inference_mode(False), torch.enable_grad():
+    with _advice(settings), torch.inference_mode(False), torch.enable_grad():
         session = DictionarySession(clip, corpus, settings, earlier, clip.patcher.load_device)
         losses, last = list(session.past), None
         progress = Progress(settings.steps)
@@ -292,6 +293,18 @@ def keep(dictionary: Dictionary, file: Path) -> str:
     except CarrierFileError as error:
         logging.warning("concept-carriers: dictionary %s is not saved: %s", dictionary.name, error)
         return str(error)
+
+
+@contextlib.contextmanager
+def _advice(settings: DictionarySettings):
+    """Says what to lower when memory runs out."""
+    try:
+        yield
+    except comfy.model_management.OOM_EXCEPTION as error:
+        raise type(error)(
+            f"Out of memory while learning dictionary {settings.name} with batch {settings.batch} and expansion "
+            f"{settings.expansion}: lower the batch or the expansion."
+        ) from error
 
 
 def learned_text(done: DictionaryLearned) -> str:

@@ -170,6 +170,26 @@ def test_an_interrupt_keeps_the_last_step(toy, monkeypatch):
     assert learn(toy, kept, steps=7, name="stopped").losses == whole.losses
 
 
+def test_memory_that_runs_out_keeps_the_last_step_and_says_what_to_lower(toy, monkeypatch):
+    import comfy.model_management as management
+
+    from concepts.host import folders
+    from concepts.host.learn_dictionary import Stream
+
+    batch = Stream.batch
+
+    def full(self, step):
+        if step == 3:
+            raise management.OOM_EXCEPTION("CUDA out of memory.")
+        return batch(self, step)
+
+    monkeypatch.setattr(Stream, "batch", full)
+    with pytest.raises(management.OOM_EXCEPTION, match="batch 256 and expansion 2: lower the batch or the expansion"):
+        learn(toy, name="full")
+    (file,) = folders.dictionaries().glob("full-*.safetensors")
+    assert read_dictionary(file).info["learned"]["steps"] == 3
+
+
 def test_a_bad_name_is_refused_before_anything_is_learned():
     for name in ("my dog", "<mug>", ""):
         with pytest.raises(CarrierError, match="letters, digits"):
