@@ -22,10 +22,11 @@ def gradient_scores(codes: Codes, model, clip, data: ConceptSet, draws: int = 32
     Raises: ValueError when prompts and pictures do not match; CarrierMismatch; the host's interrupt.
     """
     owners = torch.tensor([not m for m in data.mirrored]).cumsum(0).sub(1).tolist()
-    if len(codes.texts) not in (1, owners[-1] + 1):
+    count, pictures = len(codes.texts), owners[-1] + 1
+    if count != pictures and 1 not in (count, pictures):
         raise ValueError(
-            f"There are {len(codes.texts)} prompts and {owners[-1] + 1} pictures; give Encode Words one prompt for "
-            "all, or a line per picture."
+            f"There are {count} prompts and {pictures} pictures; give Encode Words one prompt for all, or a line per "
+            "picture; one picture may have several."
         )
     spoken, encoder = read(clip, list(codes.texts)), spoken_encoder(clip)
     checked(clip, codes.dictionary, spoken[0].rows.shape[1])
@@ -40,8 +41,8 @@ def gradient_scores(codes: Codes, model, clip, data: ConceptSet, draws: int = 32
         decoder, scale = coder.parts["decoder"], coder.parts["scale"]
         for number in range(draws):
             draw = generator(seed, number, "attribution")
-            picture = number % len(data.latents)
-            text = owners[picture] if len(codes.texts) > 1 else 0
+            picture = number // (1 if pictures > 1 else count) % len(data.latents)
+            text = (owners[picture] if pictures > 1 else number) % count
             one, cond = spoken[text], ordinary(entries[text][0]).requires_grad_()
             clean = d.clean(ordinary(data.latents[picture])[None])
             sigma = sigmas_at(d.sampling, torch.rand(1, generator=draw, dtype=torch.float64)).to(d.device)

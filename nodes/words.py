@@ -86,7 +86,8 @@ class PruneCode(io.ComfyNode):
                 ConceptSet.Input(
                     "concept_set",
                     optional=True,
-                    tooltip="For gradient: pictures of the prompts, one each in their order, or all of one prompt.",
+                    tooltip="For gradient: pictures of the prompts, one each in their order, or all of one prompt, or "
+                    "one of all.",
                 ),
                 io.Float.Input(
                     "active_in",

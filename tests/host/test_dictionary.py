@@ -354,6 +354,23 @@ def test_attribution_wants_a_prompt_per_picture(toy, words, mug_set):
             gradient_scores(codes, toy[0], toy[1], mug_set)
 
 
+def test_one_picture_takes_its_prompts_in_turn(toy, words, mug_set):
+    """Two draws of one picture with two prompts are the first draw of either, with the noise of its number."""
+    from dataclasses import replace
+
+    from concepts.host import attribution
+    from concepts.host.meanings import encode_words
+
+    one = replace(mug_set, **{k: v[:1] for k, v in vars(mug_set).items() if isinstance(v, (list, tuple))})
+    texts = ["a mug", "a red hat"]
+    with torch.inference_mode():
+        codes = encode_words(toy[1], words, "\n".join(texts), ["mug", "hat"])
+        both = attribution.gradient_scores(codes, toy[0], toy[1], one, draws=2)
+        assert all(bool(both[word].any()) for word in ("mug", "hat"))
+        mug = attribution.gradient_scores(encode_words(toy[1], words, texts[0], ["mug"]), toy[0], toy[1], one, draws=1)
+    torch.testing.assert_close(2 * both["mug"], mug["mug"])
+
+
 def steer(given, cond, dictionary, latents="3", mode="add", amount=2.0, text="a red mug on sand", word="mug"):
     from concepts.host.steer import steered
 
