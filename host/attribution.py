@@ -18,7 +18,8 @@ from .token_features import find_word, read, spoken_encoder
 def gradient_scores(codes: Codes, model, clip, data: ConceptSet, draws: int = 32, seed: int = 0) -> dict:
     """Word -> scores [m]: mean of abs(z dL/dz) over ``draws`` of noise and time, z moved through the decoder.
 
-    Prompts of ``codes`` belong to the pictures in their order, or one to all. Model and CLIP do not change.
+    The gradient is taken at the text's rows, which is ours: SAEPer's code enters by the modulation. Prompts of
+    ``codes`` belong to the pictures in their order, one to all, or all to one. Model and CLIP do not change.
     Raises: ValueError when prompts and pictures do not match; CarrierMismatch; the host's interrupt.
     """
     owners = torch.tensor([not m for m in data.mirrored]).cumsum(0).sub(1).tolist()

@@ -73,7 +73,8 @@ class PruneCode(io.ComfyNode):
                     options=["contrast", "gradient"],
                     default="contrast",
                     tooltip="contrast: share of a latent in the word less that in everything else. gradient: "
-                    "activation times gradient of the diffusion loss; wants model, clip and concept_set.",
+                    "activation times gradient of the diffusion loss at the text's rows; wants model, clip and "
+                    "concept_set.",
                 ),
                 io.Int.Input("keep", default=32, min=1, max=4096, tooltip="Most latents kept per word."),
                 io.Boolean.Input(
