@@ -1,6 +1,7 @@
 """Single latents of a word, turned up or down in a finished conditioning (as Concept Steerers do, arXiv 2501.19066)."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 
@@ -9,12 +10,19 @@ from ..carriers.errors import CarrierMismatch
 from ..kernels.sae import dense
 from .gradients import ordinary
 from .meanings import checked
-from .text import PLACEHOLDER
+from .text import PLACEHOLDER, Encoder
 from .token_features import find_word, read, spoken_encoder, words_of
 from .variants import VariantHook
+from .words import placed
 
 MODES = {"add": 0.0, "scale": 1.0}
 """Amounts that change nothing."""
+TOKENS = "concept_tokens"
+"""Key in an entry: what ``clip.tokenize`` gave for its prompt, where its rows are no longer what the encoder says of
+that alone."""
+ALIKE = 0.05
+"""Largest distance of a row from the encoder's own over the length of that one, both as the dictionary sees them: above
+the rounding of bf16, below what another word changes."""
 
 
 def latents_of(text: str, dictionary: Dictionary) -> list[int]:
@@ -29,6 +37,17 @@ def latents_of(text: str, dictionary: Dictionary) -> list[int]:
     return list(dict.fromkeys(int(p) for p in parts))
 
 
+def same_words(encoder: Encoder, tokens: Mapping, noted: Mapping) -> bool:
+    """Whether two prompts have the same tokens in the same rows; a learned row of ``noted`` goes with any token."""
+    if encoder.slot not in noted:
+        return False
+    own, other = (placed(encoder, prompt)[0] for prompt in (tokens, noted))
+    return len(own) == len(other) and all(
+        row == place and (torch.is_tensor(mark) or not torch.is_tensor(token) and token == mark)
+        for (token, row), (mark, place) in zip(own, other, strict=True)
+    )
+
+
 def steered(
     clip, conditioning: list, dictionary: Dictionary, text: str, word: str, latents: str, mode: str, amount: float
 ) -> tuple[list, str]:
@@ -40,7 +59,7 @@ def steered(
     add: ``amount`` on top, in units of the activations that Encode Words shows; scale: times ``amount``, of those that
     are active. What the dictionary does not say about the word stays as it is; the pooled vector too. An amount that
     changes nothing gives the conditioning itself.
-    Raises: ValueError for a word, latent or mode that is not there; CarrierMismatch for another prompt's conditioning.
+    Raises: ValueError for a word, latent or mode that is not there, or another prompt's conditioning.
     """
     chosen = latents_of(latents, dictionary)
     if PLACEHOLDER.search(text):
@@ -56,7 +75,18 @@ def steered(
         known = dict.fromkeys(w for w, _ in words_of(encoder, one.ids))
         raise ValueError(f"The prompt does not hold {word.strip()!r}; its words are: {', '.join(known)}.")
     coder, changed, lines = dictionary.coder(clip.patcher.load_device), [], []
-    index = torch.tensor(chosen)
+    index, tokens = torch.tensor(chosen), clip.tokenize(text)
+
+    def prepared(rows: torch.Tensor) -> torch.Tensor:
+        return coder.prepared(rows.float().to(clip.patcher.load_device))[0]
+
+    def of_this_text(cond: torch.Tensor, facts: Mapping) -> bool:
+        if TOKENS in facts or clip.use_clip_schedule:  # hooks of a schedule change what the encoder says
+            return same_words(encoder, tokens, facts.get(TOKENS, tokens))
+        own = prepared(one.rows).repeat(len(cond), 1)
+        apart = prepared(cond[:, list(one.places)].flatten(0, 1)) - own
+        return bool((apart.norm(dim=-1) <= ALIKE * own.norm(dim=-1)).all())
+
     for cond, facts in conditioning:
         if cond.shape[1] != one.total or cond.shape[2] != dictionary.width:
             raise CarrierMismatch(
@@ -68,6 +98,11 @@ def steered(
                 "The conditioning has rows of its own per stage, layer or role, which steering one of them would not "
                 "reach; use concepts with shared rows."
             )
+        if not of_this_text(cond, facts):
+            raise ValueError(
+                f"The conditioning is not that of {text[:80]!r}: connect both to one text, and the text encoders that "
+                "made the conditioning."
+            )
         with torch.inference_mode(False), torch.no_grad():
             rows = ordinary(cond[:, places].float()).flatten(0, 1).to(clip.patcher.load_device)
             before = dense(*coder.encode(rows), dictionary.size)[:, chosen]
@@ -75,7 +110,7 @@ def steered(
             moved = coder.moved(rows, step, index.to(rows.device).expand(len(rows), -1))
             whole = ordinary(cond)
             whole[:, places] = moved.view(len(cond), len(places), -1).to(whole)
-        changed.append([whole, dict(facts)])
+        changed.append([whole, {TOKENS: tokens, **facts}])
         was, now = before.mean(0).tolist(), (before + step).mean(0).tolist()
         lines = [
             f"{word.strip() or 'every row'} #{n}: {a:.3f} -> {b:.3f} ({dictionary.label(n) or 'no corpus words'})"

@@ -456,6 +456,61 @@ def test_steering_what_is_not_there_is_refused(toy, words):
             steer(toy[1], before, words, **changes)
 
 
+PROMPTS = ("a red mug on sand", "a (red:1.4) mug, (on:0.6) sand", "a red mug " * 30)
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_several_in_a_row_take_the_same_text(family, text):
+    """The second one finds rows that the first one changed, by a word or all of them."""
+    given = dictionary_for(family)
+    cond = stock(family, text)
+    for word in ("mug", "", "red"):
+        cond, _ = steer(family, cond, given, text=text, word=word, amount=40.0)
+    for rounded in (cond[0][0].bfloat16(), cond[0][1]), (stock(family, text)[0][0].bfloat16(), {}):
+        assert "mug #3" in steer(family, [rounded], given, text=text)[1]
+
+
+@pytest.mark.parametrize("other", ["a red hat on sand", "a mug on red sand", "mug"])
+def test_another_prompt_of_the_same_length_is_refused(family, other):
+    given, text = dictionary_for(family), "a red mug on sand"
+    for cond in (stock(family, other), steer(family, stock(family, other), given, text=other, word="")[0]):
+        with pytest.raises(ValueError, match="The conditioning is not that of 'a red mug on sand'"):
+            steer(family, cond, given, text=text)
+
+
+@pytest.mark.parametrize("other", ["a red hat on sand", "a green mug on sand", "a mug on red sand"])
+def test_words_of_another_prompt_are_told_from_a_trained_encoders(toy, words, other):
+    with pytest.raises(ValueError, match="The conditioning is not that of"):
+        steer(toy[1], stock(toy[1], other), words)
+
+
+def test_noted_tokens_tell_a_prompt_with_learned_rows(family):
+    """Words behind a concept have other rows than in a plain prompt, and the same places."""
+    from concepts.host.steer import TOKENS
+    from concepts.host.text import encoders, fill, with_rows
+    from concepts.host.token_features import spoken_encoder
+
+    given, pieces = dictionary_for(family), len(spoken_encoder(family).ids("mug"))
+    for count, fits in ((pieces, True), (pieces + 1, False)):
+        rows = {e.key: torch.randn(count, e.width) for e in encoders(family)}
+        learned = with_rows(family, {"x": rows})
+        tokens = learned.tokenize(fill("a red <x> on sand", {"x": "embedding:x"}))
+        with torch.inference_mode():
+            ((cond, facts),) = learned.encode_from_tokens_scheduled(tokens)
+        with pytest.raises(ValueError, match="is not that of"):
+            steer(family, [[cond, facts]], given, word="sand", text="a red mug on sand")
+        noted = [[cond, {**facts, TOKENS: tokens}]]
+        if not fits:
+            with pytest.raises(ValueError, match="is not that of"):
+                steer(family, noted, given, word="sand", text="a red mug on sand")
+            continue
+        for word in ("sand", "mug"):
+            noted, report = steer(family, noted, given, word=word, text="a red mug on sand")
+            assert f"{word} #3" in report
+        with pytest.raises(ValueError, match="is not that of"):
+            steer(family, noted, given, word="sand", text="a red mug in sand")
+
+
 def test_rows_per_layer_are_refused(toy, words):
     from concepts.carriers.concept import Concept
     from concepts.host.text import encode_prompt
