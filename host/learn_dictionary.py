@@ -208,7 +208,10 @@ class DictionarySession:
         return total * self.width
 
     def levels(self, by: str) -> tuple[list[int], str]:
-        """Ends of the nested parts: halvings of k, or of the dictionary."""
+        """Ends of the nested parts, which count alike: halvings of k, or of the dictionary.
+
+        MSAE's own levels of k double from 64 up to all latents.
+        """
         whole = self.settings.k if by == "rank" else self.size
         return sorted({max(1, whole >> n) for n in range(4 if by == "rank" else 5)}), by
 

@@ -35,8 +35,8 @@ class TrainDictionary(io.ComfyNode):
                     options=["TopK", "BatchTopK", "Matryoshka by k", "Matryoshka by prefix"],
                     default="TopK",
                     tooltip="TopK: so many latents for every token. BatchTopK: so many on average. Matryoshka by k "
-                    "(MSAE): few latents say the coarse, more the fine. By prefix: the first latents are the general "
-                    "ones.",
+                    "(MSAE): few latents say the coarse, more the fine; in our reading k, k/2, k/4 and k/8 count "
+                    "alike. By prefix: the first latents are the general ones.",
                 ),
                 io.Int.Input(
                     "expansion",
