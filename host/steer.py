@@ -10,16 +10,13 @@ from ..carriers.errors import CarrierMismatch
 from ..kernels.sae import dense
 from .gradients import ordinary
 from .meanings import checked
-from .text import PLACEHOLDER, Encoder
+from .text import PLACEHOLDER, TOKENS, Encoder
 from .token_features import find_word, read, spoken_encoder, words_of
 from .variants import VariantHook
 from .words import placed
 
 MODES = {"add": 0.0, "scale": 1.0}
 """Amounts that change nothing."""
-TOKENS = "concept_tokens"
-"""Key in an entry: what ``clip.tokenize`` gave for its prompt, where its rows are no longer what the encoder says of
-that alone."""
 ALIKE = 0.05
 """Largest distance of a row from the encoder's own over the length of that one, both as the dictionary sees them: above
 the rounding of bf16, below what another word changes."""

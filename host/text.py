@@ -18,6 +18,9 @@ from .neti import places, read, with_bypass
 from .variants import Grid, attach
 
 PLACEHOLDER = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
+TOKENS = "concept_tokens"
+"""Key in an entry: what ``clip.tokenize`` gave for its prompt, where its rows are no longer what the encoder says of
+that alone."""
 
 
 class Encoder(NamedTuple):
@@ -301,6 +304,8 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached
                 entries = [[with_bypass(cond, found, own, strength), extra] for cond, extra in entries]
         encoded.append(entries)
     done = encoded[0] if len(encoded) == 1 else [attach(list(entries), grid) for entries in zip(*encoded, strict=True)]
+    if shown:
+        done = [[cond, {**facts, TOKENS: used.tokenize(fill(text, names))}] for cond, facts in done]
     if not marked_words:
         return done
     return modulated(clip, done, marked_words, text, lambda t: used.tokenize(fill(t, names)), cached)

@@ -484,31 +484,26 @@ def test_words_of_another_prompt_are_told_from_a_trained_encoders(toy, words, ot
         steer(toy[1], stock(toy[1], other), words)
 
 
-def test_noted_tokens_tell_a_prompt_with_learned_rows(family):
-    """Words behind a concept have other rows than in a plain prompt, and the same places."""
-    from concepts.host.steer import TOKENS
-    from concepts.host.text import encoders, fill, with_rows
+def test_words_behind_a_concept_are_found_by_the_tokens_of_its_prompt(family):
+    """Their rows are others than in a plain prompt, their places are the same for a word of as many tokens."""
+    from concepts.carriers.concept import Concept
+    from concepts.host.text import encode_prompt, encoders
     from concepts.host.token_features import spoken_encoder
 
-    given, pieces = dictionary_for(family), len(spoken_encoder(family).ids("mug"))
-    for count, fits in ((pieces, True), (pieces + 1, False)):
-        rows = {e.key: torch.randn(count, e.width) for e in encoders(family)}
-        learned = with_rows(family, {"x": rows})
-        tokens = learned.tokenize(fill("a red <x> on sand", {"x": "embedding:x"}))
+    given, pieces, text = dictionary_for(family), len(spoken_encoder(family).ids("mug")), "a red mug on sand"
+    for count in (pieces, pieces + 1):
+        rows = {e.key: torch.randn(1, 1, 1, count, e.width) for e in encoders(family)}
         with torch.inference_mode():
-            ((cond, facts),) = learned.encode_from_tokens_scheduled(tokens)
-        with pytest.raises(ValueError, match="is not that of"):
-            steer(family, [[cond, facts]], given, word="sand", text="a red mug on sand")
-        noted = [[cond, {**facts, TOKENS: tokens}]]
-        if not fits:
+            cond = encode_prompt(family, "a red <x> on sand", [(Concept("x", "tokens", rows), 0.7)])
+        if count > pieces:
             with pytest.raises(ValueError, match="is not that of"):
-                steer(family, noted, given, word="sand", text="a red mug on sand")
+                steer(family, cond, given, word="sand", text=text)
             continue
         for word in ("sand", "mug"):
-            noted, report = steer(family, noted, given, word=word, text="a red mug on sand")
+            cond, report = steer(family, cond, given, word=word, text=text)
             assert f"{word} #3" in report
         with pytest.raises(ValueError, match="is not that of"):
-            steer(family, noted, given, word="sand", text="a red mug in sand")
+            steer(family, cond, given, word="sand", text="a red mug in sand")
 
 
 def test_rows_per_layer_are_refused(toy, words):
