@@ -17,10 +17,10 @@ ENCODER = re.compile(r"[A-Za-z0-9_]{1,64}")
 AXES = ("stages", "layers", "roles", "vectors", "width")
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, what: str = "concept") -> None:
     """Raises: CarrierError for what cannot be written as ``<name>``."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise CarrierError(f"{str(name)[:80]!r} cannot be a concept's name; use 1 to 64 letters, digits, - or _.")
+        raise CarrierError(f"{str(name)[:80]!r} cannot be a {what}'s name; use 1 to 64 letters, digits, - or _.")
 
 
 @dataclass(frozen=True)

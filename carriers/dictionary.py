@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from ..kernels.sae import Coder
-from .concept import NAME
+from .concept import check_name
 from .errors import CarrierError, CarrierFileError
 from .files import OWN, STATE, VERSION, digest, replace_file, verify
 from .modulation import NORMS
@@ -21,12 +21,6 @@ PARTS = {"encoder": "md", "encoder_bias": "m", "decoder": "md", "decoder_bias": 
 OPTIONAL = {"threshold": "m", "usage": "m"}
 MEASURED = ("fvu", "l0", "measured_tokens", "silent", "silent_tokens")
 """Facts that hold for one k alone."""
-
-
-def check_name(name: str) -> None:
-    """Raises: CarrierError for what cannot be a dictionary's name."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise CarrierError(f"{str(name)[:80]!r} cannot be a dictionary's name; use 1 to 64 letters, digits, - or _.")
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class Dictionary:
     """Optimiser state for continuing; may be empty."""
 
     def __post_init__(self):
-        check_name(self.name)
+        check_name(self.name, "dictionary")
         try:
             info = json.loads(json.dumps(dict(self.info), allow_nan=False))
         except (TypeError, ValueError) as error:

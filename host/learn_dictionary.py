@@ -16,7 +16,8 @@ from pathlib import Path
 import comfy.model_management
 import torch
 
-from ..carriers.dictionary import Dictionary, check_name, write_dictionary
+from ..carriers.concept import check_name
+from ..carriers.dictionary import Dictionary, write_dictionary
 from ..carriers.errors import CarrierFileError, CarrierMismatch
 from ..kernels.draws import generator
 from ..kernels.fit import Diverged, UnitRows, fit
@@ -63,7 +64,7 @@ class DictionarySettings:
     """``bf16`` chooses candidates among the latents in bf16; their values stay fp32."""
 
     def __post_init__(self):
-        check_name(self.name)
+        check_name(self.name, "dictionary")
 
 
 @dataclass(frozen=True)
