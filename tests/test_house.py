@@ -138,6 +138,13 @@ def test_ci_runs_what_the_readme_says():
     assert command in [line.partition("  ")[0] for line in lines]
 
 
+def test_help_pages_show_every_picture_beside_them():
+    pages, pictures = ((PACK / "web" / "docs").glob(ending) for ending in ("*.md", "*.jpg"))
+    shown = {name for page in pages for name in re.findall(r"!\[[^\]]+\]\((\S+)\)", page.read_text(encoding="utf-8"))}
+    sizes = {file.name: file.stat().st_size for file in pictures}
+    assert shown == sizes.keys() and max(sizes.values()) < 60_000
+
+
 def test_there_are_nodes():
     assert NODE_CLASSES
 
