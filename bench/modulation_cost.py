@@ -14,7 +14,7 @@ import time
 import torch
 
 from . import toy
-from .runner import RESULTS, Peak, machine, noisy, ratio, reference
+from .runner import RESULTS, machine, noisy, ratio, reference
 
 PAIRS, GOAL, STEPS, SIDE, TEXT, WIDTH, ROWS, POOLED = 3, 1.10, 2, 64, 256, 384, 1024, 64
 PIECES = (1, 3)
@@ -90,7 +90,7 @@ def seconds(
 
 
 def compared(changes: dict, side: int, sides: dict, products: list[float]) -> dict:
-    """Rows of one of ``CASES``: time and memory above the weights, with words over without."""
+    """Rows of one of ``CASES``: time with words over time without."""
     table = {}
     with torch.inference_mode():
         patcher = model(changes)
@@ -98,9 +98,8 @@ def compared(changes: dict, side: int, sides: dict, products: list[float]) -> di
         negative = [[torch.randn(1, TEXT, ROWS), {"pooled_output": torch.randn(1, POOLED)}]]
     plain, shape = found.pop("plain"), (16, side, side)
 
-    def taken(words, cfg) -> tuple[float, float]:
-        peak = Peak()
-        return seconds(patcher, words, negative, cfg, shape), peak.report()["peak_above_weights"]
+    def taken(words, cfg) -> float:
+        return seconds(patcher, words, negative, cfg, shape)
 
     for called, cfg in sides.items():
         taken(plain, cfg)
@@ -112,10 +111,8 @@ def compared(changes: dict, side: int, sides: dict, products: list[float]) -> di
                 both = [taken(c, cfg) for c in order]
                 pairs.append(both if number % 2 == 0 else both[::-1])
                 products.append(reference())
-            row = table[f"{name}, {called}"] = {}
-            for place, what in enumerate(("with / without", "memory")):
-                parts = ratio([b[place] for _, b in pairs], [a[place] for a, _ in pairs])
-                row |= dict(zip((what, f"{what} from", f"{what} to"), parts, strict=True))
+            parts = ratio([b for _, b in pairs], [a for a, _ in pairs])
+            table[f"{name}, {called}"] = dict(zip(("with / without", "from", "to"), parts, strict=True))
     return table
 
 
@@ -130,10 +127,9 @@ def main(options, rest) -> int:
         print(f"No report: {why}.", file=sys.stderr)
         return 3
     for name, row in table.items():
-        middle, low, high, *memory = row.values()
+        middle, low, high = row.values()
         verdict = "reached" if middle <= GOAL else "MISSED"
-        both = f"{middle:.3f} ({low:.3f}..{high:.3f}) of the plain prompt's time, {memory[0]:.2f} of its memory"
-        print(f"{name:60s} {both}; goal {GOAL}: {verdict}")
+        print(f"{name:60s} {middle:.3f} ({low:.3f}..{high:.3f}) of the plain prompt's time; goal {GOAL}: {verdict}")
     report = {"noise": why, "reference_gflops": products, "machine": machine(), "goal": GOAL, "table": table}
     (RESULTS / "modulation_cost.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
