@@ -239,9 +239,10 @@ def watched() -> Iterator[list[float]]:
 def learning(parts: Parts, kind: str, checkpointing: str) -> dict:
     """A step of Learn Concept Tokens or Learn Concept LoRA."""
     from concepts.host.concept_set import ConceptSet
-    from concepts.host.learn import learn, memory_of
+    from concepts.host.learn import learn
     from concepts.host.learn_lora import LoraSession, LoraSettings
     from concepts.host.learn_tokens import TokenSession, TokenSettings
+    from concepts.host.loading import memory_of
 
     grounds = ("sand", "grass", "wood")
     said = tuple((f"a photo of {{}} on {ground}",) for ground in grounds)
@@ -298,7 +299,7 @@ def refinement(parts: Parts):
 def step(session, checkpointing: str) -> None:
     """All of a refinement behind its features: set up, losses, gradient, optimiser."""
     from concepts.host.gradients import training
-    from concepts.host.learn import memory_of
+    from concepts.host.loading import memory_of
     from concepts.kernels.fit import fit
 
     room = memory_of(session.model, session.data, session.passes)

@@ -9,7 +9,7 @@ from ..kernels.sae import dense
 from .concept_set import ConceptSet
 from .denoise import Denoiser, sigmas_at
 from .gradients import ordinary, training
-from .learn import memory_of
+from .loading import memory_of
 from .meanings import checked
 from .progress import Progress
 from .token_features import find_word, read, spoken_encoder

@@ -22,19 +22,12 @@ from .attention import both
 from .concept_set import ConceptSet
 from .denoise import Denoiser, sigmas_at
 from .gradients import ordinary, training
-from .loading import room
+from .loading import loss_scale, memory_of, planned
 from .overlays import background, mask_of, overlay
 from .positions import learned_columns
 from .progress import Progress, say
 from .show import tap_of
 from .text import encoders
-
-ACTIVATIONS = 40
-"""What a training step keeps for its backward pass, over the host's estimate of what a sampling step needs.
-
-By ``bench full_size``: SDXL 22 (LoRA), 31 (tokens) and 44 (refinement), Flux 20 (LoRA) and above 38 (tokens)."""
-RECOMPUTED = 0.1
-"""Part of it that remains when blocks are recomputed; measured: 0.06 to 0.08."""
 
 
 @dataclass(frozen=True)
@@ -285,29 +278,6 @@ def fingerprint(model) -> str:
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(first[name].numpy().tobytes())
     return digest.hexdigest()
-
-
-def loss_scale(model) -> float:
-    """``scale`` of ``fit`` for what a model computes in."""
-    return 4096.0 if model.model.get_dtype_inference() == torch.float16 else 1.0
-
-
-def memory_of(model, data: ConceptSet, batch: int) -> float:
-    """Rough bytes of activations of one training step without checkpointing."""
-    largest = max((latent.shape for latent in data.latents), key=lambda s: s[-1] * s[-2])
-    # the module's own estimate: a patcher under DynamicVRAM adds 1 GiB to it
-    return ACTIVATIONS * model.model.memory_required(input_shape=[batch, *largest])
-
-
-def planned(checkpointing: str, memory: float, *patchers) -> tuple[bool, float]:
-    """Whether blocks are recomputed (``on``, ``off``, ``auto``), and the bytes to leave room for then.
-
-    ``memory``: as ``memory_of`` gives it; ``patchers``: what will be loaded, the model first.
-    """
-    recompute = checkpointing == "on"
-    if checkpointing == "auto" and not comfy.model_management.is_device_cpu(patchers[0].load_device):
-        recompute = memory > 0.8 * room(*patchers)
-    return recompute, memory * RECOMPUTED if recompute else memory
 
 
 def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, checkpointing: str = "auto") -> Learned:

@@ -29,7 +29,8 @@ from .feature_hooks import captured
 from .feature_places import preset
 from .features import extract, sigma_at, unscaled
 from .gradients import training
-from .learn import RunSettings, Session, loss_scale, memory_of, planned
+from .learn import RunSettings, Session
+from .loading import loss_scale, memory_of, planned
 from .matching import covered
 from .positions import columns_of
 from .progress import Progress

@@ -417,8 +417,7 @@ def test_room_counts_what_is_still_to_be_loaded(toy, monkeypatch):
     import comfy.model_management as management
 
     from concepts.host.features import ROWS, _rows_per_pass
-    from concepts.host.learn import RECOMPUTED, planned
-    from concepts.host.loading import room
+    from concepts.host.loading import RECOMPUTED, planned, room
 
     model, clip = toy[0], toy[1].patcher
     for patcher, loaded in ((model, 10), (clip, 0)):
