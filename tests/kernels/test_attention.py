@@ -79,8 +79,8 @@ def expected(kind, q, k, r, columns, of_reference):
     if kind == "probabilities":
         return (a - b).square().sum((2, 3)).mean() * 1024 / q.shape[1]
     a, b = a.mean(1), b.mean(1)
-    one = (a.mean(1) - b.mean(1)).square() + 2.5 * (a.var(1, unbiased=False) - b.var(1, unbiased=False)).square()
-    return one.sum(-1).mean()
+    spread = (a.var(1, unbiased=False) - b.var(1, unbiased=False)).square()
+    return ((a.mean(1) - b.mean(1)).square() + (2.5 * spread if kind == "moments" else 0)).sum(-1).mean()
 
 
 @pytest.mark.parametrize("kind", attention.LOSSES)
