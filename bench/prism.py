@@ -32,6 +32,7 @@ METHODS = {
     "+ exclusion": RANDOM,
     "+ initialisation": {},
     "beta 0.01": {"beta": 0.01, **RANDOM},
+    "beta 0.07": {"beta": 0.07, **RANDOM},
     "beta 0.1": {"beta": 0.1, **RANDOM},
     "beta 0.5": {"beta": 0.5, **RANDOM},
     "length 1": {"residual_vectors": 1},
