@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..carriers.features import Features
 from ..kernels import match as kernel
 from .feature_places import ROLES
-from .matching import both, covered, mask_of, picture_of, points, side_by_side
+from .matching import both, covered, picture_mask, picture_of, points, side_by_side
 from .overlays import overlay
 from .pictures import bars, batch
 
@@ -46,7 +46,7 @@ def centre(mask: torch.Tensor, features: Features) -> tuple[float, float]:
 
     Raises: ValueError for an empty one.
     """
-    one = mask_of(mask).double().cpu().clamp(0, 1)
+    one = picture_mask(mask).double().cpu().clamp(0, 1)
     total = float(one.sum())
     if total < 1e-6:
         raise ValueError("The mask is empty, so there is no point; paint a dot into it, or disconnect it and set x, y.")
@@ -153,12 +153,12 @@ def transferred(first: Features, second: Features, name: str, mask: torch.Tensor
 
     Raises: ValueError for an empty mask, and as ``both`` does.
     """
-    if not bool((mask_of(mask) > 0).any()):
+    if not bool((picture_mask(mask) > 0).any()):
         raise ValueError("The mask is empty, so there is nothing to find; paint the part into it.")
     found = []
     for number in range(len(second.map(name))):
         a, b = both(first, second, name, 0, number)
-        own = F.interpolate(mask_of(mask)[None, None].float(), a.shape[-2:], mode="area")[0, 0]
+        own = F.interpolate(picture_mask(mask)[None, None].float(), a.shape[-2:], mode="area")[0, 0]
         soft = kernel.transfer(own, a, b)
         size = (second.height, second.width)
         found.append(F.interpolate(soft[None, None], size, mode="bilinear", align_corners=False)[0, 0])

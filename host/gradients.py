@@ -176,3 +176,8 @@ def _frozen(patcher) -> list[torch.nn.Parameter]:
     for parameter in open_:
         parameter.requires_grad_(False)
     return open_
+
+
+def loss_scale(model) -> float:
+    """``scale`` of ``fit`` for what a model computes in."""
+    return 4096.0 if model.model.get_dtype_inference() == torch.float16 else 1.0

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import comfy.model_management
 import torch
 
 from ..carriers.concept import Concept, check_name
@@ -21,8 +20,8 @@ from . import folders
 from .attention import both
 from .concept_set import ConceptSet
 from .denoise import Denoiser, sigmas_at
-from .gradients import ordinary, training
-from .loading import loss_scale, memory_of, planned
+from .gradients import loss_scale, ordinary, training
+from .loading import advised, memory_of, planned
 from .overlays import background, mask_of, overlay
 from .positions import learned_columns
 from .progress import Progress, say
@@ -297,7 +296,11 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
     recompute, memory = planned(checkpointing, memory, *patchers)
     file = folders.output("autosave") / f"{settings.name}-{short(settings)}.safetensors"
     autograd = training(*patchers, checkpointing=recompute, memory=memory)
-    with _advice(settings), autograd, session.attached():
+    advice = (
+        f"Out of memory while learning <{settings.name}> with batch {settings.batch}: lower the batch (raise "
+        "accumulate instead), make the pictures smaller in Make Concept Set, or turn checkpointing on."
+    )
+    with advised(advice), autograd, session.attached():
         session.begin()
         losses, previews, last = list(session.past), [session.preview()], session.state
         progress = Progress(settings.steps, session.model)
@@ -355,15 +358,3 @@ def keep(concept: Concept, file: Path) -> str:
 def short(settings) -> str:
     """A few letters that differ from those of other settings, for file names."""
     return hashlib.blake2b(repr(settings).encode(), digest_size=3).hexdigest()
-
-
-@contextlib.contextmanager
-def _advice(settings: RunSettings):
-    """Says what to lower when memory runs out."""
-    try:
-        yield
-    except comfy.model_management.OOM_EXCEPTION as error:
-        raise type(error)(
-            f"Out of memory while learning <{settings.name}> with batch {settings.batch}: lower the batch (raise "
-            "accumulate instead), make the pictures smaller in Make Concept Set, or turn checkpointing on."
-        ) from error

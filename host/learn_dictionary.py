@@ -4,7 +4,6 @@ TopK with AuxK (arXiv 2406.04093), BatchTopK (arXiv 2412.06410), Matryoshka by k
 (arXiv 2503.17547). Features are made while learning and never held beyond one chunk of prompts.
 """
 
-import contextlib
 import logging
 import math
 import time
@@ -26,6 +25,7 @@ from . import folders
 from .corpus import Corpus
 from .gradients import ordinary
 from .learn import short
+from .loading import advised
 from .meanings import named
 from .progress import Progress, say
 from .token_features import read, spoken_encoder
@@ -258,7 +258,11 @@ def learn_dictionary(
     """
     began, corpus = time.monotonic(), Corpus(text, settings.seed)
     file = folders.dictionaries() / f"{settings.name}-{short(settings)}.safetensors"
-    with _advice(settings), torch.inference_mode(False), torch.enable_grad():
+    advice = (
+        f"Out of memory while learning dictionary {settings.name} with batch {settings.batch} and expansion "
+        f"{settings.expansion}: lower the batch or the expansion."
+    )
+    with advised(advice), torch.inference_mode(False), torch.enable_grad():
         session = DictionarySession(clip, corpus, settings, earlier, clip.patcher.load_device)
         losses, last = list(session.past), None
         progress = Progress(settings.steps)
@@ -297,18 +301,6 @@ def keep(dictionary: Dictionary, file: Path) -> str:
     except CarrierFileError as error:
         logging.warning("concept-carriers: dictionary %s is not saved: %s", dictionary.name, error)
         return str(error)
-
-
-@contextlib.contextmanager
-def _advice(settings: DictionarySettings):
-    """Says what to lower when memory runs out."""
-    try:
-        yield
-    except comfy.model_management.OOM_EXCEPTION as error:
-        raise type(error)(
-            f"Out of memory while learning dictionary {settings.name} with batch {settings.batch} and expansion "
-            f"{settings.expansion}: lower the batch or the expansion."
-        ) from error
 
 
 def learned_text(done: DictionaryLearned) -> str:

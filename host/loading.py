@@ -118,11 +118,6 @@ def reuses(device: torch.device) -> bool:
     return not management.is_device_cpu(device) and management.NUM_STREAMS > 0 and not management.args.cuda_malloc
 
 
-def loss_scale(model) -> float:
-    """``scale`` of ``fit`` for what a model computes in."""
-    return 4096.0 if model.model.get_dtype_inference() == torch.float16 else 1.0
-
-
 def memory_of(model, data, batch: int) -> float:
     """Rough bytes of activations of one training step on a ConceptSet without checkpointing."""
     largest = max((latent.shape for latent in data.latents), key=lambda s: s[-1] * s[-2])
@@ -139,3 +134,12 @@ def planned(checkpointing: str, memory: float, *patchers) -> tuple[bool, float]:
     if checkpointing == "auto" and not comfy.model_management.is_device_cpu(patchers[0].load_device):
         recompute = memory > 0.8 * room(*patchers)
     return recompute, memory * RECOMPUTED if recompute else memory
+
+
+@contextlib.contextmanager
+def advised(text: str):
+    """Raises the host's OOM with ``text``, which says what to lower, in the place of what it says itself."""
+    try:
+        yield
+    except comfy.model_management.OOM_EXCEPTION as error:
+        raise type(error)(text) from error

@@ -73,7 +73,7 @@ def both(first: Features, second: Features, name: str, one: int, two: int) -> tu
     return a, b
 
 
-def mask_of(mask: torch.Tensor, picture: int = 0) -> torch.Tensor:
+def picture_mask(mask: torch.Tensor, picture: int = 0) -> torch.Tensor:
     """The [H, W] of one picture in a MASK [H, W] or [n, H, W]; a single one is every picture's.
 
     Raises: ValueError when there are several and none for this picture.
@@ -87,11 +87,11 @@ def mask_of(mask: torch.Tensor, picture: int = 0) -> torch.Tensor:
 def covered(mask: torch.Tensor | None, like: torch.Tensor, which: str, picture: int = 0) -> torch.Tensor | None:
     """Cells [h * w] of the grid ``like`` [c, h, w] that a picture's MASK covers by half.
 
-    Raises: ValueError when it covers none, and as ``mask_of`` does.
+    Raises: ValueError when it covers none, and as ``picture_mask`` does.
     """
     if mask is None:
         return None
-    one = mask_of(mask, picture)
+    one = picture_mask(mask, picture)
     cells = F.interpolate(one[None, None].float(), like.shape[-2:], mode="area").flatten() > 0.5
     if not bool(cells.any()):
         raise ValueError(

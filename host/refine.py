@@ -28,9 +28,9 @@ from .denoise import noise_time, sigmas_at
 from .feature_hooks import captured
 from .feature_places import preset
 from .features import extract, sigma_at, unscaled
-from .gradients import training
+from .gradients import loss_scale, training
 from .learn import RunSettings, Session
-from .loading import loss_scale, memory_of, planned
+from .loading import memory_of, planned
 from .matching import covered
 from .positions import columns_of
 from .progress import Progress
