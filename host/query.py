@@ -6,11 +6,12 @@ import comfy.sample
 import torch
 
 from ..carriers.concept import Concept
+from ..carriers.features import Features
 from . import lora
 from .concept_set import ConceptSet, fitted, make_set
 from .matching import Matches, joined, points
 from .progress import Progress
-from .refine import Refined, RefineSession, RefineSettings, TooFew, refine
+from .refine import Refined, RefineSession, RefineSettings, TooFew, read_before, refine
 from .text import encode_prompt
 
 SHOWN = 40
@@ -96,18 +97,22 @@ def refined(
     negative=None,
     mask=None,
     generated: dict | None = None,
+    features: Features | None = None,
     reference_text: str = "",
     checkpointing: str = "auto",
     strict: bool = False,
 ) -> tuple[Concept, torch.Tensor, torch.Tensor, str]:
     """CONCEPT for this picture; IMAGE of the matches with a reference; IMAGE of the picture before; a report.
 
-    ``sampling``: the keywords of ``sampled``; ``generated``: the picture as a LATENT, which is then not sampled.
-    Raises: ValueError instead of handing back the concept as it is, when ``strict``; as ``sampled``, ``refine`` and
-    ``data_of`` do.
+    ``sampling``: the keywords of ``sampled``; ``generated``: the picture as a LATENT, which is then not sampled;
+    ``features``: DIFT's of the references, which are then not read.
+    Raises: ValueError instead of handing back the concept as it is, when ``strict``; as ``sampled``, ``refine``,
+    ``read_before`` and ``data_of`` do.
     """
     texts = (reference_text.strip() or f"a photo of <{concept.name}>", text)
     single(latent if generated is None else generated)
+    if features is not None:
+        read_before(model, features, len(images), images.shape[1:3])
     if generated is not None:
         made = generated["samples"]
     else:
@@ -118,7 +123,7 @@ def refined(
     except TooFew as error:
         done = Refined(concept, {}, {}, (), (), str(error))
     else:
-        done = refine(RefineSession(model, clip, data, settings, concept), checkpointing)
+        done = refine(RefineSession(model, clip, data, settings, concept, features), checkpointing)
     if done.reason and strict:
         raise ValueError(f"Concept <{concept.name}> was not refined. {done.reason}")
     return done.concept, _matches(done, vae, images, before), before, report(done, text)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ..carriers import delta
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
+from ..carriers.features import Features
 from ..kernels.draws import generator, times
 from ..kernels.fit import Adam, Diverged, fit
 from ..kernels.losses import DISTANCES, pair_distance
@@ -26,10 +27,10 @@ from .captions import Prompts
 from .concept_set import ConceptSet
 from .denoise import noise_time, sigmas_at
 from .feature_hooks import captured
-from .feature_places import preset
+from .feature_places import Want, preset
 from .features import extract, sigma_at, unscaled
 from .gradients import loss_scale, training
-from .learn import RunSettings, Session
+from .learn import RunSettings, Session, fingerprint
 from .loading import memory_of, planned
 from .matching import covered
 from .positions import columns_of
@@ -101,16 +102,53 @@ class Refined:
     """Why the concept is as it was; empty when it is refined."""
 
 
+def read_before(model, features: Features, references: int, size: tuple[int, int]) -> Want:
+    """How DIFT's features of the references were read, so that the picture's are read alike.
+
+    size: height and width of the references, in any unit.
+    Raises: CarrierMismatch for another model; CarrierError without a map ``dift``; ValueError for features of other
+    pictures, or read under a prompt with ``<name>``.
+    """
+    maps, info = features.map("dift"), features.info
+    if info["base"] != (base := fingerprint(model)):
+        raise CarrierMismatch(
+            f"reference_features were read by model {info['base']}, this is {base}; extract them with the model that "
+            "is connected here."
+        )
+    (height, width), (high, wide) = (features.height, features.width), size
+    if len(maps) != references or abs(math.log(height * wide / (width * high))) > 0.1:
+        raise ValueError(
+            f"reference_features are of {len(maps)} pictures of {width} x {height}, image holds {references} of "
+            f"{wide} x {high}; extract them from the same pictures."
+        )
+    if PLACEHOLDER.search(info["prompt"]):
+        raise ValueError(
+            f"reference_features were read under {info['prompt']!r}; points are found without the concept, so extract "
+            "them under plain words, such as a photo of a mug."
+        )
+    return Want("dift", *(info["sources"]["dift"][key] for key in ("layer", "timestep", "noise", "ensemble")))
+
+
 class RefineSession(Session):
     """A learned concept, references, and behind them the picture that a prompt made.
 
     ``data``: references of one size and the picture; captions that hold ``<name>``; masks of the references, or None
-    for the word's own map. Raises: CarrierMismatch for another kind of concept or another model; ValueError for an
-    unknown setting, and for a text that does not name the concept alone.
+    for the word's own map; ``features``: DIFT's of the references (``read_before``), which else are read here. Raises:
+    CarrierMismatch for another kind of concept or another model; ValueError for an unknown setting, and for a text that
+    does not name the concept alone; as ``read_before`` does.
     """
 
-    def __init__(self, model, clip, data: ConceptSet, settings: RefineSettings, concept: Concept):
+    def __init__(
+        self,
+        model,
+        clip,
+        data: ConceptSet,
+        settings: RefineSettings,
+        concept: Concept,
+        features: Features | None = None,
+    ):
         super().__init__(model, clip, data, settings)
+        self.features = features
         if concept.kind not in ("tokens", "delta"):
             raise CarrierMismatch(
                 f"Concept <{concept.name}> is made of {concept.kind}, and one step for one prompt is for vectors or "
@@ -182,13 +220,18 @@ class RefineSession(Session):
 
     def find(self) -> None:
         """DIFT's features of all pictures, by the model without the concept; call before ``training``."""
-        word = self.given.info.get("init_text")
-        text, self.dift = f"a photo of a {word}" if word else "a photo", []
-        wants = preset(self.model, "DIFT", [], ensemble=self.settings.ensemble)
-        alike = len({latent.shape for latent in self.data.latents}) == 1
-        for part in [self.data.latents] if alike else [self.data.latents[:-1], self.data.latents[-1:]]:
-            found = extract(self.model, self.clip, torch.stack(part), wants, text, seed=self.settings.seed)
-            self.dift += found.map("dift")
+        references, picture = self.data.latents[:-1], self.data.latents[-1:]
+        if self.features:
+            wants = [read_before(self.model, self.features, self.last, references[0].shape[-2:])]
+            text, seed = self.features.info["prompt"], self.features.info["seed"]
+            self.dift, parts = [*self.features.map("dift")], [picture]
+        else:
+            word, seed = self.given.info.get("init_text"), self.settings.seed
+            text = f"a photo of a {word}" if word else "a photo"
+            wants, self.dift = preset(self.model, "DIFT", [], ensemble=self.settings.ensemble), []
+            parts = [references + picture] if references[0].shape == picture[0].shape else [references, picture]
+        for part in parts:
+            self.dift += extract(self.model, self.clip, torch.stack(part), wants, text, seed=seed).map("dift")
 
     def _branches(self) -> tuple[list[int], list[int]]:
         return list(range(self.last)), [self.last]

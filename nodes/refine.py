@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.denoise import SAMPLERS, SCHEDULERS
 from ..kernels.losses import DISTANCES
-from .sockets import Concept
+from .sockets import Concept, Features
 
 
 def weight(name: str, tip: str) -> io.Float.Input:
@@ -147,6 +147,12 @@ class RefineConcept(io.ComfyNode):
                     tooltip="The picture, when a sampler has made it already; the settings of the sampler then count "
                     "for nothing.",
                 ),
+                Features.Input(
+                    "reference_features",
+                    optional=True,
+                    tooltip="DIFT of image from Extract Features, which then serves every prompt and seed; the "
+                    "picture's are read alike, whatever ensemble says.",
+                ),
             ],
             outputs=[
                 Concept.Output(display_name="concept", tooltip="For this prompt, seed and sampler."),
@@ -190,6 +196,7 @@ class RefineConcept(io.ComfyNode):
             latent,
             settings,
             sampling | {"sampler": values["sampler_name"]},
+            features=values.get("reference_features"),
             **{k: values.get(k) for k in ("negative", "mask", "generated")},
             **{k: values[k] for k in ("reference_text", "checkpointing", "strict")},
         )

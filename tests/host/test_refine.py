@@ -49,11 +49,11 @@ def pictures(made, references=1, mask=None, texts=TEXTS):
     return ConceptSet(tuple(latents), (mask,) * references + (None,), captions, (False,) * (references + 1))
 
 
-def session(made, what=None, data=None, **changes):
+def session(made, what=None, data=None, features=None, **changes):
     from concepts.host.refine import RefineSession
 
     what = concept(made) if what is None else what
-    return RefineSession(made.model, made.clip, data or pictures(made), settings(**changes), what)
+    return RefineSession(made.model, made.clip, data or pictures(made), settings(**changes), what, features)
 
 
 def refine(made, *args, checkpointing="off", **changes):
@@ -206,6 +206,55 @@ def test_checkpointing_refines_to_the_same(made, few):
     for key, value in plain.concept.tensors.items():
         # a first step of Adam is the sign of the gradient, which is chance where that is nearly zero
         assert float((value - recomputed.concept.tensors[key]).abs().gt(1e-4).float().mean()) < 0.05
+
+
+def dift(made, data, text="a photo of a thing", **by_hand):
+    """Of the references, as Extract Features reads it."""
+    from concepts.host.feature_places import preset
+    from concepts.host.features import extract
+
+    with torch.inference_mode():
+        wants = preset(made.model, "DIFT", [], **by_hand)
+        return extract(made.model, made.clip, torch.stack(data.latents[:-1]), wants, text)
+
+
+def test_features_of_the_references_can_be_given(made, few, monkeypatch):
+    """The same concept as without, and only the picture is read; settings of a node of its own hold for both."""
+    from concepts.host import refine as module
+
+    data, what, read, extract = pictures(made, references=2), concept(made), [], module.extract
+
+    def counted(model, clip, latents, *rest, **more):
+        read.append(len(latents))
+        return extract(model, clip, latents, *rest, **more)
+
+    monkeypatch.setattr(module, "extract", counted)
+    plain = refine(made, what, data)
+    kept = refine(made, what, data, features=dift(made, data, "a photo of a mug", ensemble=2))
+    assert read == [3, 1]
+    for key, value in plain.concept.tensors.items():
+        torch.testing.assert_close(kept.concept.tensors[key], value, atol=1e-4, rtol=0)
+    other = session(made, what, data, features=dift(made, data, ensemble=1, timestep=100.0))
+    with torch.inference_mode():
+        other.find()
+    picture = dift(made, replace(data, latents=data.latents[1:] * 2), ensemble=1, timestep=100.0).map("dift")[1]
+    torch.testing.assert_close(other.dift[-1], picture, atol=1e-4, rtol=1e-4)
+
+
+def test_features_of_other_pictures_are_refused(host):
+    from concepts.host.refine import read_before
+
+    made, size = tiny("sd15"), (64, 64)
+    given = dift(made, pictures(made))
+    assert read_before(made.model, given, 1, size).timestep == 261
+    for count, other in ((2, size), (1, (64, 128))):
+        with pytest.raises(ValueError, match="extract them from the same pictures"):
+            read_before(made.model, given, count, other)
+    with pytest.raises(CarrierMismatch, match="were read by model"):
+        read_before(tiny("sdxl").model, given, 1, size)
+    named = replace(given, info={**given.info, "prompt": "a <mug>"})
+    with pytest.raises(ValueError, match="under plain words"):
+        read_before(made.model, named, 1, size)
 
 
 def test_rows_per_stage_layer_and_role(host):
