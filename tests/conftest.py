@@ -1,5 +1,6 @@
 """The pack as package ``concepts``, ComfyUI in this process (``host``) and as a real server (``server``)."""
 
+import functools
 import os
 import sys
 import types
@@ -48,7 +49,11 @@ def host(comfyui) -> Path:
     import nodes  # noqa: F401, I001
     import comfy.sd  # noqa: F401
     import torch
+    from transformers import PreTrainedTokenizerBase
 
+    # Reading a vocabulary takes longer than making a tiny model, and nobody changes what was read.
+    read = functools.cache(PreTrainedTokenizerBase.from_pretrained.__func__)
+    PreTrainedTokenizerBase.from_pretrained = classmethod(read)
     torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
     return comfyui
 
@@ -73,3 +78,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if {"host", "comfyui", "server", "client"} & set(item.fixturenames):
             item.add_marker("host")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files stay whole, and those that need the server stay with one worker, so that one is started."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "server" if "nodes/" in nodeid or "workflows/" in nodeid else super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None

@@ -38,12 +38,19 @@ def moved_whole(request, monkeypatch):
 
 
 @pytest.fixture
-def brief(monkeypatch, host):
-    """One look before and after instead of eight, and previews of one step, where passes take long or are many."""
+def eight_looks():
+    """For a test whose losses before and after are those that users see."""
+
+
+@pytest.fixture(autouse=True)
+def brief(request, monkeypatch):
+    """One look before and after instead of eight, and previews of one step: they are most of a short learning."""
+    if "host" not in request.fixturenames or "eight_looks" in request.fixturenames:
+        return
     from concepts.host.learn import Session
 
     fixed, preview = Session.fixed_loss, Session.preview
-    monkeypatch.setattr(Session, "fixed_loss", lambda self: fixed(self, 1))
+    monkeypatch.setattr(Session, "fixed_loss", lambda self, count=1: fixed(self, count))
     monkeypatch.setattr(Session, "preview", lambda self: preview(self, 1))
 
 

@@ -10,14 +10,14 @@ from concepts.carriers.errors import CarrierMismatch
 from concepts.kernels.draws import generator
 
 from .test_variants import concept
-from .tiny import FAMILIES, tiny
+from .tiny import KINDS, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 TEXT = "a photo of <mug> and grass"
 UNETS = ("sd15", "sd2", "sdxl")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=KINDS)
 def made(request, host):
     return tiny(request.param)
 

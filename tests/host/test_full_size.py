@@ -7,7 +7,7 @@ import torch
 
 from .tiny import fill
 
-pytestmark = [pytest.mark.usefixtures("host", "brief"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("host"), pytest.mark.slow]
 UNET = {
     "image_size": 32,
     "in_channels": 4,

@@ -155,7 +155,7 @@ def made_by(kind: str, toy, data, earlier=None, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LEARNERS)
-def test_an_interrupt_keeps_what_any_learner_has_done(toy, mug_set, kind, monkeypatch, brief):
+def test_an_interrupt_keeps_what_any_learner_has_done(toy, mug_set, kind, monkeypatch):
     """Weights of the model are as before, and the file goes on to what an unbroken run gives."""
     import comfy.model_management as management
 
@@ -351,7 +351,7 @@ def test_masked_loss_counts_the_masked_area_only(toy, mug_set):
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_200_cycles(toy, mug_set, brief):
+def test_memory_stays_flat_over_200_cycles(toy, mug_set):
     """Learn, use, drop: resident memory after 200 cycles within 3% of that after 20."""
     import gc
 

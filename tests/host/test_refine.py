@@ -13,13 +13,13 @@ from concepts.carriers.errors import CarrierMismatch
 from .test_features import hooks, states
 from .test_lora import random_delta
 from .test_variants import concept
-from .tiny import FAMILIES, tiny
+from .tiny import KINDS, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 TEXTS = ("a photo of <mug>", "a <mug> on grass, far away")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=KINDS)
 def made(request, host):
     return tiny(request.param)
 

@@ -7,13 +7,13 @@ from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierMismatch
 
 from .test_variants import concept
-from .tiny import FAMILIES, tiny
+from .tiny import KINDS, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 TEXT = "a photo of <mug>, grass and a xylophone"
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=KINDS)
 def made(request, host):
     return tiny(request.param)
 

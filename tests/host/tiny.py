@@ -3,12 +3,16 @@
 import functools
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 CLIP_L = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 CLIP_G = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 T5 = {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 128}
 FAMILIES = ("sd15", "sd2", "sdxl", "sd3", "flux")
+ALIKE = {"sd2": "sd15", "sd3": "flux"}
+"""Families whose tests are slow ones where it is the kind of network that matters, which the other has too."""
+KINDS = [pytest.param(f, marks=pytest.mark.slow) if f in ALIKE else f for f in FAMILIES]
 
 
 @dataclass

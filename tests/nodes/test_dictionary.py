@@ -32,6 +32,7 @@ def trained(made: dict) -> dict:
     return {k: made[k] for kind in ("ConceptLoadToyWorld", "ConceptTrainDictionary") for k in keys(made, kind)}
 
 
+@pytest.mark.slow
 def test_trained_loaded_and_continued(client, server):
     made = trained(graph("13"))
     (learner,) = keys(made, "ConceptTrainDictionary")

@@ -86,6 +86,7 @@ def test_learned_saved_and_loaded_by_the_stock_loader(client, server):
     assert (drawn(client, made)[1] != ours).any()
 
 
+@pytest.mark.slow
 def test_a_concept_of_tokens_is_sent_to_its_own_node(client):
     made = graph()
     made["22"]["inputs"]["concept"] = ["4", 0]

@@ -109,6 +109,7 @@ def exact(request) -> bool:
     return not request.config.getoption("--gpu")
 
 
+@pytest.mark.slow
 def test_cancel_keeps_the_concept_and_the_next_run_is_fresh(client, server, exact):
     made, pressed = learning("cancelled", seed=5), []
     made["4"]["inputs"]["steps"] = 4000
@@ -188,6 +189,7 @@ def test_a_concept_is_refined_for_one_picture(client, exact):
     assert not exact or (pixels(client, again, keys(made, "SaveImage")[1]) == after).all()
 
 
+@pytest.mark.slow
 def test_a_concept_that_cannot_be_refined_says_why(client):
     made = graph("12_")
     made["4"]["inputs"] |= {"minimum_score": 1.0}
@@ -211,6 +213,7 @@ def test_train_a_dictionary(client, server):
     assert len(list((server.folder("output") / "dictionaries").glob("taught-*.safetensors"))) == 1
 
 
+@pytest.mark.slow
 def test_look_inside_a_word(client):
     """Latents get the names of corpus words, few are kept, and one that is turned up shows in the picture."""
     made = graph("14_")
@@ -297,6 +300,7 @@ def test_the_same_parts_are_found_in_two_pictures(client):
     assert len(found) == 3 and all(0 <= row[2] <= 128 and 0 <= row[3] <= 128 for row in found)
 
 
+@pytest.mark.slow
 def test_a_mask_is_transferred_and_the_picture_found(client):
     result = run(client, made := graph("11_"))
     (finder,) = keys(made, "ConceptFindPicture")
