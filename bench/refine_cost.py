@@ -90,7 +90,7 @@ def separate(parts, vae, ensemble, picture, made) -> torch.Tensor:
 
 
 def forward(parts, latent: torch.Tensor) -> float:
-    """Seconds of one pass without gradient, the median of ten."""
+    """Seconds of one pass without gradient, as the host samples on this device; the median of ten."""
     from concepts.host.denoise import Denoiser
     from concepts.host.gradients import training
     from concepts.host.text import encode_prompt
@@ -99,6 +99,7 @@ def forward(parts, latent: torch.Tensor) -> float:
     seconds = []
     with training(parts[0]), torch.no_grad():
         d = Denoiser(parts[0])
+        d.options.pop("optimized_attention_override", None)
         x, sigma = d.clean(latent), torch.ones(1)
         for _ in range(10):
             begun = time.perf_counter()
