@@ -11,7 +11,8 @@ from . import lora
 from .concept_set import ConceptSet, fitted, make_set
 from .matching import Matches, joined, points
 from .progress import Progress
-from .refine import Refined, RefineSession, RefineSettings, TooFew, read_before, refine
+from .query_points import TooFew, read_before
+from .refine import Refined, RefineSession, RefineSettings, refine
 from .text import encode_prompt
 
 SHOWN = 40

@@ -20,32 +20,26 @@ from ..carriers.features import Features
 from ..kernels.draws import generator, times
 from ..kernels.fit import Adam, Diverged, fit
 from ..kernels.losses import DISTANCES, pair_distance
-from ..kernels.match import Pairs, match
+from ..kernels.match import Pairs
 from . import lora
 from .attention import both
 from .captions import Prompts
 from .concept_set import ConceptSet
 from .denoise import noise_time, sigmas_at
 from .feature_hooks import captured
-from .feature_places import Want, preset
-from .features import extract, sigma_at, unscaled
+from .feature_places import preset
+from .features import sigma_at, unscaled
 from .gradients import loss_scale, training
-from .learn import RunSettings, Session, fingerprint
+from .learn import RunSettings, Session
 from .loading import memory_of, planned
-from .matching import covered
 from .positions import columns_of
 from .progress import Progress
+from .query_points import TooFew, dift_of, points_of
 from .show import tap_of
 from .text import PLACEHOLDER, as_tokens, concept_rows
 from .variants import Grid
 
-FEWEST = 8
-"""Pairs below which a step would follow chance."""
 TEXTS = ("reference", "picture")
-
-
-class TooFew(ValueError):
-    """There is too little to compare."""
 
 
 class Row(NamedTuple):
@@ -100,33 +94,6 @@ class Refined:
     """Rows and columns per reference, and of the picture."""
     reason: str
     """Why the concept is as it was; empty when it is refined."""
-
-
-def read_before(model, features: Features, references: int, size: tuple[int, int]) -> Want:
-    """How DIFT's features of the references were read, so that the picture's are read alike.
-
-    size: height and width of the references, in any unit.
-    Raises: CarrierMismatch for another model; CarrierError without a map ``dift``; ValueError for features of other
-    pictures, or read under a prompt with ``<name>``.
-    """
-    maps, info = features.map("dift"), features.info
-    if info["base"] != (base := fingerprint(model)):
-        raise CarrierMismatch(
-            f"reference_features were read by model {info['base']}, this is {base}; extract them with the model that "
-            "is connected here."
-        )
-    (height, width), (high, wide) = (features.height, features.width), size
-    if len(maps) != references or abs(math.log(height * wide / (width * high))) > 0.1:
-        raise ValueError(
-            f"reference_features are of {len(maps)} pictures of {width} x {height}, image holds {references} of "
-            f"{wide} x {high}; extract them from the same pictures."
-        )
-    if PLACEHOLDER.search(info["prompt"]):
-        raise ValueError(
-            f"reference_features were read under {info['prompt']!r}; points are found without the concept, so extract "
-            "them under plain words, such as a photo of a mug."
-        )
-    return Want("dift", *(info["sources"]["dift"][key] for key in ("layer", "timestep", "noise", "ensemble")))
 
 
 class RefineSession(Session):
@@ -220,18 +187,10 @@ class RefineSession(Session):
 
     def find(self) -> None:
         """DIFT's features of all pictures, by the model without the concept; call before ``training``."""
-        references, picture = self.data.latents[:-1], self.data.latents[-1:]
-        if self.features:
-            wants = [read_before(self.model, self.features, self.last, references[0].shape[-2:])]
-            text, seed = self.features.info["prompt"], self.features.info["seed"]
-            self.dift, parts = [*self.features.map("dift")], [picture]
-        else:
-            word, seed = self.given.info.get("init_text"), self.settings.seed
-            text = f"a photo of a {word}" if word else "a photo"
-            wants, self.dift = preset(self.model, "DIFT", [], ensemble=self.settings.ensemble), []
-            parts = [references + picture] if references[0].shape == picture[0].shape else [references, picture]
-        for part in parts:
-            self.dift += extract(self.model, self.clip, torch.stack(part), wants, text, seed=seed).map("dift")
+        word = self.given.info.get("init_text")
+        text = f"a photo of a {word}" if word else "a photo"
+        how = (text, self.settings.ensemble, self.settings.seed)
+        self.dift = dift_of(self.model, self.clip, self.data.latents, *how, self.features)
 
     def _branches(self) -> tuple[list[int], list[int]]:
         return list(range(self.last)), [self.last]
@@ -293,36 +252,6 @@ class RefineSession(Session):
         maps = torch.cat([F.interpolate(m, looks.shape[-2:], mode="bilinear") for m in maps], 1)
         return [(looks[read.index(n)], maps[read.index(n)]) if n in read else denoised[n] for n in range(len(rows))]
 
-    def match(self, maps: list[torch.Tensor]) -> None:
-        """Finds the cells of each reference in the picture, on the grid of ``maps`` [layers, h, w].
-
-        Cells of the object count: inside the reference's mask, else where the word's mean map is above half of its
-        maximum; so too in the picture. Raises: TooFew.
-        """
-        s, inside, flat = self.settings, [], []
-        self.grids = tuple(tuple(m.shape[-2:]) for m in maps)
-        for seen, features, mask in zip(maps, self.dift, self.data.masks, strict=True):
-            mean = seen.detach().mean(0).flatten()
-            try:
-                own = covered(mask, seen, "reference")
-            except ValueError as error:
-                raise TooFew(str(error)) from error
-            inside.append(mean > mean.max() / 2 if own is None else own.to(mean.device))
-            grid = F.interpolate(features[None].to(mean.device), seen.shape[-2:], mode="bilinear")[0]
-            flat.append(grid.flatten(1).T)
-        found = []
-        for number in range(self.last):
-            pairs = match(flat[number], flat[-1], mutual=s.mutual, minimum=s.minimum, first_mask=inside[number])
-            found.append(Pairs(*(part[inside[-1][pairs.second]] for part in pairs)))
-        self.pairs, count = tuple(found), sum(len(p.first) for p in found)
-        if count < FEWEST:
-            raise TooFew(
-                f"Only {count} points of the references were found in the picture, fewer than {FEWEST}; "
-                + ("lower minimum_score, " if s.minimum > -1 else "")
-                + ("turn mutual off, " if s.mutual else "")
-                + "connect a mask that covers more, make the picture larger, or try another seed."
-            )
-
     def losses(self, parameters, pictures, captions, when, draw):
         """The three parts, weighted."""
         s, found = self.settings, {}
@@ -332,7 +261,9 @@ class RefineSession(Session):
         seen, denoised = out[: len(compared)], out[len(compared) :]
         if seen:
             if not self.pairs:
-                self.match([maps for _, maps in seen])
+                maps = [maps for _, maps in seen]
+                self.grids = tuple(tuple(m.shape[-2:]) for m in maps)
+                self.pairs = points_of(self.dift, maps, self.data.masks, mutual=s.mutual, minimum=s.minimum)
             weights = {"self attention": s.self_attention, "cross attention": s.cross_attention}
             for part, (name, weight) in enumerate(weights.items()):
                 flat = [one[part].flatten(1).T for one in seen]

@@ -27,7 +27,7 @@ def made(request, host):
 @pytest.fixture
 def few(monkeypatch, host):
     """Random weights may look at two cells only."""
-    from concepts.host import refine as module
+    from concepts.host import query_points as module
 
     monkeypatch.setattr(module, "FEWEST", 1)
 
@@ -220,7 +220,7 @@ def dift(made, data, text="a photo of a thing", **by_hand):
 
 def test_features_of_the_references_can_be_given(made, few, monkeypatch):
     """The same concept as without, and only the picture is read; settings of a node of its own hold for both."""
-    from concepts.host import refine as module
+    from concepts.host import query_points as module
 
     data, what, read, extract = pictures(made, references=2), concept(made), [], module.extract
 
@@ -242,7 +242,7 @@ def test_features_of_the_references_can_be_given(made, few, monkeypatch):
 
 
 def test_features_of_other_pictures_are_refused(host):
-    from concepts.host.refine import read_before
+    from concepts.host.query_points import read_before
 
     made, size = tiny("sd15"), (64, 64)
     given = dift(made, pictures(made))
