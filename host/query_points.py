@@ -57,11 +57,9 @@ def dift_of(model, clip, latents, text: str, ensemble: int, seed: int, features:
     """
     references, picture = latents[:-1], latents[-1:]
     if features:
-        wants, found = (
-            [read_before(model, features, len(references), references[0].shape[-2:])],
-            [*features.map("dift")],
-        )
-        text, seed, parts = features.info["prompt"], features.info["seed"], [picture]
+        wants = [read_before(model, features, len(references), references[0].shape[-2:])]
+        text, seed = features.info["prompt"], features.info["seed"]
+        found, parts = [*features.map("dift")], [picture]
     else:
         wants, found = preset(model, "DIFT", [], ensemble=ensemble), []
         parts = [latents] if references[0].shape == picture[0].shape else [references, picture]

@@ -37,15 +37,10 @@ def moved_whole(request, monkeypatch):
     monkeypatch.setattr(management, "load_models_gpu", loaded)
 
 
-@pytest.fixture
-def eight_looks():
-    """For a test whose losses before and after are those that users see."""
-
-
 @pytest.fixture(autouse=True)
 def brief(request, monkeypatch):
     """One look before and after instead of eight, and previews of one step: they are most of a short learning."""
-    if "host" not in request.fixturenames or "eight_looks" in request.fixturenames:
+    if "host" not in request.fixturenames:
         return
     from concepts.host.learn import Session
 

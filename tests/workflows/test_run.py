@@ -190,6 +190,29 @@ def test_a_concept_is_refined_for_one_picture(client, exact):
 
 
 @pytest.mark.slow
+def test_references_are_read_once_for_many_prompts(client):
+    """The host keeps what Extract Features gave, and the picture is refined as without it but for rounding."""
+    made = graph("12_")
+    (save,) = keys(made, "SaveImage")[1:]
+    plain = pixels(client, run(client, made), save)
+    given = {k: made["4"]["inputs"][k] for k in ("model", "clip", "vae", "image")}
+    given |= {"text": "a photo of a mug", "preset": "DIFT", "words": "", "seed": 11}
+    by_hand = {"timestep": -1, "block": "", "layer": "", "ensemble": 0, "add_noise": "auto"}
+    made["40"] = {"class_type": "ConceptExtractFeatures", "inputs": given | by_hand}
+    made["4"]["inputs"]["reference_features"] = ["40", 0]
+    kept = run(client, made)
+    assert "40" in kept["outputs"] and abs(pixels(client, kept, save).astype(int) - plain).mean() < 2
+    made["4"]["inputs"]["text"] = "a photo of a <cross-mug>, on the right, grass background"
+    other = run(client, made)
+    cached = [e["data"]["nodes"] for e in other["events"] if e["type"] == "execution_cached"]
+    assert "40" in cached[0] and "4" not in cached[0]
+    made["40"]["inputs"]["text"] = "a photo of <cross-mug>"
+    made["40"]["inputs"]["concepts.concept0"] = ["3", 0]
+    result = client.queue(made)
+    assert result["status"] == "error" and "under plain words" in result["error"]["exception_message"]
+
+
+@pytest.mark.slow
 def test_a_concept_that_cannot_be_refined_says_why(client):
     made = graph("12_")
     made["4"]["inputs"] |= {"minimum_score": 1.0}
