@@ -90,7 +90,7 @@ def separate(parts, vae, ensemble, picture, made) -> torch.Tensor:
 
 
 def forward(parts, latent: torch.Tensor) -> float:
-    """Seconds of one pass without gradient, as the host samples on this device; the median of ten."""
+    """Seconds of one pass without gradient, as the host samples on this device; the median of five."""
     from concepts.host.denoise import Denoiser
     from concepts.host.gradients import training
     from concepts.host.text import encode_prompt
@@ -101,7 +101,7 @@ def forward(parts, latent: torch.Tensor) -> float:
         d = Denoiser(parts[0])
         d.options.pop("optimized_attention_override", None)
         x, sigma = d.clean(latent), torch.ones(1)
-        for _ in range(10):
+        for _ in range(5):
             begun = time.perf_counter()
             d(x, sigma, [entry])
             seconds.append(time.perf_counter() - begun)
@@ -117,15 +117,16 @@ def main(options, rest) -> int:
         parts, vae = half.parts(*modules)[:2], half.autoencoder(modules[1])
         picture = half.pictures()[:1]
         made = torch.randn(1, 4, half.SIZE // 8, half.SIZE // 8, generator=torch.Generator().manual_seed(3))
-        unit, table = forward(parts, made), {}
+        table = {}
         for ensemble in (8, 1):
-            seconds, grads = {"together": [], "separate": [], "kept": []}, {}
+            seconds, units, grads = {"together": [], "separate": [], "kept": []}, [], {}
             features = features_of(parts, vae, ensemble, picture)
 
             def kept(*given, features=features):
                 return step(setup(*given, features))
 
             for number in range(options.repeats + 1):
+                units.append(forward(parts, made))
                 sides = [("together", together), ("separate", separate), ("kept", kept)]
                 for name, run in sides if number % 2 else reversed(sides):
                     begun = time.perf_counter()
@@ -135,17 +136,18 @@ def main(options, rest) -> int:
             far = max(float((grads[k] - grads["separate"]).norm() / grads["separate"].norm()) for k in grads)
             assert far < 1e-3, f"the gradients differ by {far:.1e} of their length"
             products.append(reference())
+            passes = {k: [s / unit for s, unit in zip(v, units[1:], strict=True)] for k, v in seconds.items()}
             table[f"ensemble {ensemble}"] = {
-                "passes": {k: [s / unit for s in v] for k, v in seconds.items()},
+                "passes": passes,
+                "forward": units[1:],
                 "times faster": {k: ratio(seconds["separate"], seconds[k]) for k in ("together", "kept")},
                 "difference": far,
             }
-            passes = {k: statistics.median(v) / unit for k, v in seconds.items()}
-            print(f"ensemble {ensemble}: " + ", ".join(f"{v:.1f} F {k}" for k, v in passes.items()))
+            print(f"ensemble {ensemble}: " + ", ".join(f"{statistics.median(v):.1f} F {k}" for k, v in passes.items()))
     why = noisy(products, load)
     if why and not options.accept_noise:
         print(f"No report: {why}.", file=sys.stderr)
         return 3
-    report = {"case": "refine_cost", "noise": why, "forward": unit, "table": table, "machine": machine()}
+    report = {"case": "refine_cost", "noise": why, "table": table, "machine": machine()}
     (RESULTS / "refine_cost.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
