@@ -47,9 +47,8 @@ def noise_time(sampling, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(chosen, q, *args, **kwargs):
-    """What the host chooses on CPUs (sub-quadratic, attention.py) makes passes in fp32 up to 1.4 times slower than
-    torch's fused product, learning up to 2.5 times, and keeps whole score matrices; in bf16 it is the other way round.
-    """
+    """What the host chooses on CPUs (sub-quadratic, attention.py) is slower in fp32 than torch's fused product, and
+    keeps whole score matrices for learning; in bf16 it is the other way round."""
     return (attention_pytorch if q.dtype == torch.float32 else chosen)(q, *args, **kwargs)
 
 
