@@ -270,7 +270,7 @@ def forward(parts: Parts) -> float:
     """Seconds of a pass without gradient, the median of ten."""
     from concepts.host.denoise import Denoiser
     from concepts.host.gradients import training
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     (entry,) = encode_prompt(parts.clip, "a photo", [])
     with training(parts.model), torch.no_grad():

@@ -93,7 +93,7 @@ def forward(parts, latent: torch.Tensor) -> float:
     """Seconds of one pass without gradient, as the host samples on this device; the median of five."""
     from concepts.host.denoise import Denoiser
     from concepts.host.gradients import training
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     (entry,) = encode_prompt(parts[1], "a photo", [])
     seconds = []

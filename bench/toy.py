@@ -73,6 +73,6 @@ def draw(toy, conditionings: list, seed: int, at_once: int = 50, how: tuple = HO
 @torch.inference_mode()
 def prompt(toy, text: str, *concepts):
     """Conditioning of a prompt, through the pack's own encoder."""
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     return encode_prompt(toy[1], text, [(c, 1.0) for c in concepts])

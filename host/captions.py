@@ -3,11 +3,14 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import torch
 
+from .concept_set import ConceptSet
 from .text import PLACEHOLDER, encoders, end_to_end, even, ready, variant, with_rows
 from .variants import Grid, with_contexts
+from .words import CAPTION, unmarked
 
 STRIDE = 1000
 """More than the vectors of any mark."""
@@ -150,3 +153,46 @@ def picked(entries: list, context: Callable[[int, str, int], torch.Tensor]):
         return gathered(name, 0, key), gathered(name, 1, value)
 
     return lambda options: with_contexts(options, pick)
+
+
+def marked_captions(text: str, data: ConceptSet) -> tuple[tuple[str, ...], ...]:
+    """Per picture its captions with marked words.
+
+    All lines serve every picture, or, where empty lines part them into as many blocks as there are pictures, each block
+    serves one; a mirrored picture has those of the picture before it.
+    Raises: ValueError when no word is marked, captions of one picture mark different words, or blocks and pictures do
+    not match, or a caption names a learned concept.
+    """
+    blocks: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if line.strip():
+            blocks[-1].append(line.strip())
+        elif blocks[-1]:
+            blocks.append([])
+    blocks = [block for block in blocks if block]
+    if named := PLACEHOLDER.search(text):
+        raise ValueError(f"The captions name {named[0]}, and here ordinary words are learned; write the word instead.")
+    if not blocks:
+        raise ValueError("There is no caption; write what the picture shows, for example: a girl with a [hat].")
+    for block in blocks:
+        marked = [{m.word for m in unmarked(line, CAPTION)[1]} for line in block]
+        for line, words in zip(block, marked, strict=True):
+            if not words:
+                raise ValueError(f"The caption {line!r} marks no word; write [ and ] around those to learn: a [hat].")
+            if words != marked[0]:
+                odd = ", ".join(sorted(words ^ marked[0]))
+                raise ValueError(
+                    f"The captions {block[0]!r} and {line!r} do not mark the same words ({odd}); every caption of a "
+                    "picture marks all of its words."
+                )
+    numbers = [n - 1 for n in accumulate(not m for m in data.mirrored)]
+    if len(blocks) == 1:
+        numbers = [0] * len(data.latents)
+    elif len(blocks) == len(data.latents):
+        numbers = list(range(len(blocks)))
+    elif len(blocks) != numbers[-1] + 1:
+        raise ValueError(
+            f"There are {numbers[-1] + 1} pictures and {len(blocks)} blocks of captions; write one block for all, or "
+            "one per picture with an empty line between them."
+        )
+    return tuple(tuple(blocks[n]) for n in numbers)

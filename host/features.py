@@ -11,10 +11,10 @@ from .attention import Layer
 from .denoise import Denoiser, sigmas_at
 from .feature_hooks import captured
 from .feature_places import ATTENTION, Want, checked, preset
-from .learn import fingerprint
 from .loading import room
 from .positions import columns_of
 from .progress import Progress
+from .session import fingerprint
 from .show import looked_at, prompted, tap_of
 
 ROWS = 8

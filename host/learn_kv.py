@@ -19,9 +19,9 @@ from .captions import Prompts
 from .class_attention import ClassAttention
 from .denoise import noise_time, sigmas_at
 from .gradients import training
-from .learn import RunSettings, Session
 from .learn_tokens import chosen_encoders
 from .overlays import background, grid
+from .session import RunSettings, Session
 from .text import start_rows
 from .variants import Grid, layers_of
 

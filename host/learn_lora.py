@@ -21,7 +21,7 @@ from .class_pictures import draw_class
 from .concept_set import ConceptSet
 from .denoise import noise_time
 from .gradients import ordinary
-from .learn import RunSettings, Session
+from .session import RunSettings, Session
 from .text import PLACEHOLDER, as_tokens, concept_rows, encoders
 from .variants import Grid, layers_of
 

@@ -8,7 +8,6 @@ must come out as without directions.
 """
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 
@@ -21,29 +20,18 @@ from ..kernels.controller import BLOCK_PARTS, coded, dense, directions, reading_
 from ..kernels.draws import generator, split_times
 from ..kernels.fit import Adam
 from ..kernels.losses import masked_mse, residual
-from . import modulation
-from .captions import Prompts
-from .class_pictures import draw_class
+from . import isolation, modulation
+from .captions import Prompts, marked_captions
 from .concept_set import ConceptSet
 from .gradients import ordinary
-from .learn import RunSettings, Session
 from .meanings import checked
 from .positions import read_from
-from .text import PLACEHOLDER
+from .session import RunSettings, Session
 from .words import CAPTION, rows_of, spelt, unmarked
 
 LAW = "two stages"
 BORDER, SHARE = 0.8, 0.92
 """First stage: so many of the times above the border; second stage: so many below."""
-HALVES = "A picture divided into two parts. The left part is {}. The right part is {}."
-OTHERS = (
-    *("a bowl of fruit on a table", "a lighthouse by the sea", "a bicycle against a wall", "a snowy mountain"),
-    *("a street at night", "a sleeping cat", "an old book", "a hot air balloon", "a red car", "a field of sunflowers"),
-    *("a cup of coffee", "a wooden chair", "a sailing boat", "a city skyline", "a dog in the park", "a waterfall"),
-    *("a slice of cake", "a train station", "a garden with roses", "a stone bridge", "a clock on a shelf"),
-    *("a desert with dunes", "a farm with a barn", "a guitar", "a bridge in the fog"),
-)
-"""What the pictures beside the concept's show when nobody says: as many as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class ModulationSettings(RunSettings):
     isolation: float = 0.0
     """Weight of the isolation loss, 1 in our reading of the paper; 0 for none."""
     isolation_prompts: str = ""
-    """Lines: what the other pictures show; empty for ``OTHERS``."""
+    """Lines: what the other pictures show; empty for ``isolation.OTHERS``."""
     time_law: str = LAW
 
 
@@ -88,35 +76,19 @@ class ModulationSession(Session):
         Raises: ValueError for captions that mark no word or not the same ones, CarrierMismatch for a model without
         modulation of text tokens, or codes that are not of these words and this text encoder.
         """
-        super().__init__(model, clip, replace(data, captions=captions(settings.captions, data)), settings, earlier)
+        super().__init__(
+            model, clip, replace(data, captions=marked_captions(settings.captions, data)), settings, earlier
+        )
         self.blocks = modulation.chosen_blocks(model.model.diffusion_model, settings.blocks)
         self.used = read_from(model, clip)
         self.words = sorted({m.word for texts in self.data.captions for t in texts for m in unmarked(t, CAPTION)[1]})
         self.codes = codes
         if codes is not None:
             self._check_codes(codes)
-        own = [unmarked(line, CAPTION)[0] for line in _lines(settings.isolation_prompts)]
-        self.others, self.beside = others, own or list(OTHERS)
+        self.others, self.beside = others, isolation.beside(settings.isolation_prompts)
         if settings.isolation:
             self.passes = 2
-            self._check_isolation(data, others)
-
-    def _check_isolation(self, data: ConceptSet, others: ConceptSet | None) -> None:
-        shapes = {tuple(v.shape) for v in data.latents}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"The isolation loss lays pictures side by side, and these have {len(shapes)} sizes; make them equal, "
-                "or set isolation to 0."
-            )
-        if others is None:
-            return
-        if {tuple(v.shape) for v in others.latents} != shapes:
-            raise ValueError("The pictures of isolation_set must be as large as those of concept_set.")
-        if len(others.latents) != len(self.beside) or not _lines(self.settings.isolation_prompts):
-            raise ValueError(
-                f"isolation_set has {len(others.latents)} pictures and isolation_prompts {len(self.beside)} lines; "
-                "write one line per picture, what it shows."
-            )
+            isolation.check(data, others, settings.isolation_prompts)
 
     def _check_codes(self, codes: Codes) -> None:
         lost = [w for w in self.words if w not in {spelt(word) for word in codes.words}]
@@ -151,17 +123,7 @@ class ModulationSession(Session):
     def gather(self):
         """Draws the pictures beside the concept's that nobody connected, as large as these."""
         if self.settings.isolation and self.others is None:
-            s, like = self.settings, self.data.latents[0]
-            made = [
-                draw_class(self.model, self.clip, t, 1, like, (s.seed + i) % 2**64) for i, t in enumerate(self.beside)
-            ]
-            self.others = replace(
-                made[0],
-                latents=tuple(m.latents[0] for m in made),
-                masks=(None,) * len(made),
-                captions=tuple((t,) for t in self.beside),
-                mirrored=(False,) * len(made),
-            )
+            self.others = isolation.drawn(self.model, self.clip, self.data, self.beside, self.settings.seed)
 
     def prepare(self):
         """The network at its start; captions encoded once, with the rows of their words."""
@@ -273,7 +235,7 @@ class ModulationSession(Session):
         sigma = self.sigmas(when)
         x = d.noised(clean, noise, sigma)
         texts = [
-            HALVES.format(self.data.captions[i][c], self.beside[o])
+            isolation.HALVES.format(self.data.captions[i][c], self.beside[o])
             for i, c, o in zip(pictures, captions, chosen, strict=True)
         ]
         both = Prompts(self.clip, [unmarked(t, CAPTION)[0] for t in texts], "", {})
@@ -321,50 +283,3 @@ class ModulationSession(Session):
             "dictionary": own.name,
             "dictionary_digest": digest(own.tensors, {}),
         }
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def captions(text: str, data: ConceptSet) -> tuple[tuple[str, ...], ...]:
-    """Per picture its captions with marked words.
-
-    All lines serve every picture, or, where empty lines part them into as many blocks as there are pictures, each block
-    serves one; a mirrored picture has those of the picture before it.
-    Raises: ValueError when no word is marked, captions of one picture mark different words, or blocks and pictures do
-    not match, or a caption names a learned concept.
-    """
-    blocks: list[list[str]] = [[]]
-    for line in text.splitlines():
-        if line.strip():
-            blocks[-1].append(line.strip())
-        elif blocks[-1]:
-            blocks.append([])
-    blocks = [block for block in blocks if block]
-    if named := PLACEHOLDER.search(text):
-        raise ValueError(f"The captions name {named[0]}, and here ordinary words are learned; write the word instead.")
-    if not blocks:
-        raise ValueError("There is no caption; write what the picture shows, for example: a girl with a [hat].")
-    for block in blocks:
-        marked = [{m.word for m in unmarked(line, CAPTION)[1]} for line in block]
-        for line, words in zip(block, marked, strict=True):
-            if not words:
-                raise ValueError(f"The caption {line!r} marks no word; write [ and ] around those to learn: a [hat].")
-            if words != marked[0]:
-                odd = ", ".join(sorted(words ^ marked[0]))
-                raise ValueError(
-                    f"The captions {block[0]!r} and {line!r} do not mark the same words ({odd}); every caption of a "
-                    "picture marks all of its words."
-                )
-    numbers = [n - 1 for n in accumulate(not m for m in data.mirrored)]
-    if len(blocks) == 1:
-        numbers = [0] * len(data.latents)
-    elif len(blocks) == len(data.latents):
-        numbers = list(range(len(blocks)))
-    elif len(blocks) != numbers[-1] + 1:
-        raise ValueError(
-            f"There are {numbers[-1] + 1} pictures and {len(blocks)} blocks of captions; write one block for all, or "
-            "one per picture with an empty line between them."
-        )
-    return tuple(tuple(blocks[n]) for n in numbers)

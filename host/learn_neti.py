@@ -13,9 +13,9 @@ from ..kernels.fit import Adam
 from ..kernels.neti import ANCHORS, FIXED, HIDDEN, STEPS, mapped, start, truncation
 from .captions import Prompts, picked
 from .denoise import noise_time
-from .learn import RunSettings, Session
 from .learn_tokens import chosen_encoders
 from .neti import places, with_bypass
+from .session import RunSettings, Session
 from .text import encoders
 from .variants import layers_of
 

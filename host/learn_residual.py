@@ -15,8 +15,8 @@ from ..kernels.losses import masked_mse, residual
 from .captions import Prompts
 from .descriptions import caption_mean, description
 from .exclusion import Anchor, Exclusion, anchor_count
-from .learn import RunSettings, Session
 from .learn_tokens import chosen_encoders
+from .session import RunSettings, Session
 from .text import Encoder, encoders, start_rows
 
 MARK = "residual"

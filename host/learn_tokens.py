@@ -12,7 +12,7 @@ from ..kernels.draws import generator
 from ..kernels.fit import Adam, Sphere
 from .captions import Prompts
 from .denoise import noise_time
-from .learn import RunSettings, Session
+from .session import RunSettings, Session
 from .text import encoders, start_rows
 from .variants import Grid, layers_of
 

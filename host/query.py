@@ -11,9 +11,9 @@ from . import lora
 from .concept_set import ConceptSet, fitted, make_set
 from .matching import Matches, joined, points
 from .progress import Progress
+from .prompt import encode_prompt
 from .query_points import TooFew, read_before
 from .refine import Refined, RefineSession, RefineSettings, refine
-from .text import encode_prompt
 
 SHOWN = 40
 """Lines in the picture of the matches."""

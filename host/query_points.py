@@ -10,8 +10,8 @@ from ..carriers.features import Features
 from ..kernels.match import Pairs, match
 from .feature_places import Want, preset
 from .features import extract
-from .learn import fingerprint
 from .matching import covered
+from .session import fingerprint
 from .text import PLACEHOLDER
 
 FEWEST = 8

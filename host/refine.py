@@ -30,11 +30,11 @@ from .feature_hooks import captured
 from .feature_places import preset
 from .features import sigma_at, unscaled
 from .gradients import loss_scale, training
-from .learn import RunSettings, Session
 from .loading import memory_of, planned
 from .positions import columns_of
 from .progress import Progress
 from .query_points import TooFew, dift_of, points_of
+from .session import RunSettings, Session
 from .show import tap_of
 from .text import PLACEHOLDER, as_tokens, concept_rows
 from .variants import Grid

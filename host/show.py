@@ -14,7 +14,8 @@ from .denoise import Denoiser, noise_time, sigmas_at
 from .modulation import ALONE
 from .overlays import background, grid, mask_of
 from .positions import columns_of
-from .text import encode_prompt, named_rows
+from .prompt import encode_prompt
+from .text import named_rows
 from .variants import layers_of
 
 

@@ -1,9 +1,10 @@
-"""Text encoders of a connected CLIP: their vocabularies, and prompts with learned rows in them (comfy/sd1_clip.py)."""
+"""Text encoders of a connected CLIP: their vocabularies, and learned rows that take the place of words
+(comfy/sd1_clip.py)."""
 
 import copy
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,7 @@ from comfy.sd1_clip import SDTokenizer
 from ..carriers.concept import Concept
 from ..carriers.delta import bundled
 from ..carriers.errors import CarrierMismatch
-from . import modulation, words
-from .gradients import ordinary
-from .neti import places, read, with_bypass
-from .variants import Grid, attach
+from .neti import read
 
 PLACEHOLDER = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
 TOKENS = "concept_tokens"
@@ -186,7 +184,7 @@ def concept_rows(clip, concept: Concept, strength: float = 1.0) -> dict[str, tor
     if not fits:
         raise CarrierMismatch(
             f"Concept <{concept.name}> holds {_sizes(concept)}, this CLIP has "
-            f"{_widths(here)}; learn it again with this model, or connect the model it was learned on."
+            f"{widths(here)}; learn it again with this model, or connect the model it was learned on."
         )
     there, rows = concept.info.get("clip"), {}
     lost = [e.key for e in here if e.key not in concept.tensors and e.key not in (there or ())]
@@ -222,103 +220,8 @@ def _sizes(concept: Concept) -> str:
     return ", ".join(f"{k} {' x '.join(map(str, v.shape))}" for k, v in concept.tensors.items())
 
 
-def _widths(found: list[Encoder]) -> str:
+def widths(found: list[Encoder]) -> str:
     return ", ".join(f"{e.key} ({e.width})" for e in found)
-
-
-def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached: bool = False):
-    """Prompt with ``<name>`` placeholders and ``<name:word>`` marks -> the host's CONDITIONING.
-
-    Without a placeholder, and for strength 0 up to the plain word, this is the stock encoder bit for bit. A delta
-    stands for the rows it bundles, or for the words it was learned with. Concepts with rows per stage, layer or role
-    are encoded once per variant and travel in the conditioning (variants.py), and so do the directions of marked words
-    (modulation.py), which change nothing of what is encoded; ``cached``: those stored with the concept.
-    Raises: ValueError for an unknown or doubled name, CarrierMismatch for a concept that does not fit.
-    """
-    by_name: dict[str, tuple[Concept, float]] = {}
-    for concept, strength in concepts:
-        if concept.name in by_name:
-            raise ValueError(
-                f"Two connected concepts are both called <{concept.name}>; rename one of them when loading it."
-            )
-        by_name[concept.name] = (concept, strength)
-    text, marks = words.unmarked(text)
-    misspelt(text, by_name)
-    marked_words = words.taught(marks, by_name)
-    wanted = list(dict.fromkeys(PLACEHOLDER.findall(text)))
-    unknown = [f"<{n}>" for n in wanted if n not in by_name]
-    if unknown:
-        have = ", ".join(f"<{n}>" for n in by_name) or "none"
-        raise ValueError(
-            f"The prompt names {', '.join(unknown)}, but the connected concepts are: {have}. "
-            "Correct the name or connect the concept."
-        )
-    names, shown, rows, bypasses = {}, [], [], []
-    for name in wanted:
-        given, strength = by_name[name]
-        if given.kind == "modulation":
-            known = ", ".join(f"<{name}:{word}>" for word in given.info["words"])
-            raise ValueError(f"<{name}> teaches single words; write one of {known} in the place of <{name}>.")
-        given, bypass = read(given) if given.kind == "mapper" else (given, {})
-        concept = as_tokens(given)
-        if concept is None:
-            names[name] = given.info.get("token_text") or name
-            continue
-        own = concept_rows(clip, concept, strength)
-        if strength == 0:
-            names[name] = concept.info.get("init_text") or ""
-        else:
-            names[name] = f"embedding:concept-{len(shown)}"
-            shown.append(concept)
-            rows.append(own)
-            bypasses.append((bypass, strength))
-    marks = {  # numbers that no learned row begins with, and lengths of the real ones
-        f"concept-{number}": {
-            key: torch.full((value.shape[-2], value.shape[-1]), 1e6 + number) for key, value in own.items()
-        }
-        for number, own in enumerate(rows)
-    }
-    marked = with_rows(clip, marks).tokenize(fill(text, names)) if any(b for b, _ in bypasses) else {}
-    grid, encoded, known, used = Grid.of(shown), [], {}, clip
-
-    def alike(cells):  # the bypass comes behind the encoder
-        return tuple(cell[:2] if bypass else cell for cell, (bypass, _) in zip(cells, bypasses, strict=True))
-
-    for stage in grid.index.flatten(1).tolist():
-        tokens = {}
-        for cells in (grid.cells[number] for number in stage):
-            if alike(cells) not in tokens:
-                table = {
-                    f"concept-{number}": {key: variant(value, cell) for key, value in rows[number].items()}
-                    for number, cell in enumerate(cells)
-                }
-                used = with_rows(clip, table) if table else clip
-                tokens[alike(cells)] = used.tokenize(fill(text, names))
-        known |= zip(tokens, encoded_together(clip, list(tokens.values())), strict=True)
-    for cells in grid.cells:
-        entries = known[alike(cells)]
-        for number, ((stage, layer, role), (bypass, strength)) in enumerate(zip(cells, bypasses, strict=True)):
-            if bypass and role:
-                found = places(encoders(clip), marked, 1e6 + number)
-                own = {key: value[stage, layer][None] for key, value in bypass.items()}
-                entries = [[with_bypass(cond, found, own, strength), extra] for cond, extra in entries]
-        encoded.append(entries)
-    done = encoded[0] if len(encoded) == 1 else [attach(list(entries), grid) for entries in zip(*encoded, strict=True)]
-    if shown:
-        done = [[cond, {**facts, TOKENS: used.tokenize(fill(text, names))}] for cond, facts in done]
-    if not marked_words:
-        return done
-    return modulated(clip, done, marked_words, text, lambda t: used.tokenize(fill(t, names)), cached)
-
-
-def misspelt(text: str, names: Iterable[str]) -> None:
-    """Raises: ValueError for what is nearly a mark of a connected concept and would be read as plain text."""
-    for match in re.finditer(r"<\s*([A-Za-z0-9_-]{1,64})\s*:[^<>]*>", text):
-        if match[1] in names:
-            raise ValueError(
-                f"{match[0]} would be read as plain text; write <{match[1]}>, or for one word of it <{match[1]}:word> "
-                f"or <{match[1]}:word:0.8>."
-            )
 
 
 def end_to_end(many: list[dict]) -> dict:
@@ -329,52 +232,6 @@ def end_to_end(many: list[dict]) -> dict:
 def even(tokens: dict) -> bool:
     """Whether all encoders have equally many chunks; the host cuts what they give to the shortest."""
     return len({len(chunks) for chunks in tokens.values()}) == 1
-
-
-def encoded_together(clip, many: list[dict]) -> list[list]:
-    """The host's CONDITIONING of each of several token dicts, which differ in learned rows alone.
-
-    More than one, as only a UNet's prompt has, go through the encoder in one pass, as chunks of one long text; their
-    pooled vector is then the first one's (comfy/sd1_clip.py ClipTokenWeightEncoder).
-    """
-    if len(many) == 1 or not even(many[0]):
-        return [clip.encode_from_tokens_scheduled(tokens) for tokens in many]
-    found = clip.encode_from_tokens_scheduled(end_to_end(many))
-    entries = [(cond.unflatten(1, (len(many), -1)), extra) for cond, extra in found]
-    return [[[conds[:, number], extra] for conds, extra in entries] for number in range(len(many))]
-
-
-def modulated(clip, entries: list, marked: list[words.Word], text: str, tokenize, cached: bool) -> list:
-    """CONDITIONING whose marked words are modulated. ``tokenize``: as it was made of the unmarked ``text``.
-
-    Raises: CarrierMismatch when the CLIP lacks an encoder that a concept reads; ValueError as ``words.rows_of`` does.
-    """
-    here, rows = {e.key: e for e in encoders(clip)}, [[] for _ in marked]
-    for keys in dict.fromkeys(tuple(w.concept.info["encoders"]) for w in marked):
-        lost = [key for key in keys if key not in here]
-        if lost:
-            (name, *_) = (w.concept.name for w in marked if tuple(w.concept.info["encoders"]) == keys)
-            raise CarrierMismatch(
-                f"Concept <{name}> modulates words by their rows of {', '.join(lost)}, this CLIP has "
-                f"{_widths(list(here.values()))}; connect the model's own text encoders."
-            )
-        found = words.rows_of(tokenize, [here[key] for key in keys], text, [w.mark for w in marked])
-        rows = [
-            f if tuple(w.concept.info["encoders"]) == keys else r for w, f, r in zip(marked, found, rows, strict=True)
-        ]
-    result = []
-    for entry in entries:
-        made = [
-            modulation.Place(
-                tuple(own),
-                ordinary(words.directions_of(w, entry[0][0, own], cached)),
-                tuple(w.concept.info["blocks"]),
-                w.mark.name,
-            )
-            for w, own in zip(marked, rows, strict=True)
-        ]
-        result.append(modulation.attach(entry, made))
-    return result
 
 
 def variant(rows: torch.Tensor, cell: tuple[int, int, int]) -> torch.Tensor:

@@ -58,7 +58,7 @@ class EncodePrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text, strength, concepts, directions="live") -> io.NodeOutput:
-        from ..host.text import encode_prompt  # not at every start
+        from ..host.prompt import encode_prompt  # not at every start
 
         given = [(c, strength) for c in (concepts or {}).values() if c is not None]
         return io.NodeOutput(encode_prompt(clip, text, given, cached=directions == "cached"))

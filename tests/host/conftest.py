@@ -42,7 +42,7 @@ def brief(request, monkeypatch):
     """One look before and after instead of eight, and previews of one step: they are most of a short learning."""
     if "host" not in request.fixturenames:
         return
-    from concepts.host.learn import Session
+    from concepts.host.session import Session
 
     fixed, preview = Session.fixed_loss, Session.preview
     monkeypatch.setattr(Session, "fixed_loss", lambda self, count=1: fixed(self, count))

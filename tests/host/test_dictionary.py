@@ -487,7 +487,8 @@ def test_words_of_another_prompt_are_told_from_a_trained_encoders(toy, words, ot
 def test_words_behind_a_concept_are_found_by_the_tokens_of_its_prompt(family):
     """Their rows are others than in a plain prompt, their places are the same for a word of as many tokens."""
     from concepts.carriers.concept import Concept
-    from concepts.host.text import encode_prompt, encoders
+    from concepts.host.prompt import encode_prompt
+    from concepts.host.text import encoders
     from concepts.host.token_features import spoken_encoder
 
     given, pieces, text = dictionary_for(family), len(spoken_encoder(family).ids("mug")), "a red mug on sand"
@@ -508,7 +509,7 @@ def test_words_behind_a_concept_are_found_by_the_tokens_of_its_prompt(family):
 
 def test_rows_per_layer_are_refused(toy, words):
     from concepts.carriers.concept import Concept
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
     from concepts.host.variants import layers_of
 
     names = layers_of(toy[0].model.diffusion_model)

@@ -124,7 +124,7 @@ def test_checkpointing_and_the_host_stay_as_they_were(toy, mug_set):
 def test_what_is_learned_is_what_the_prompt_uses(toy, mug_set):
     from concepts.host.denoise import Denoiser
     from concepts.host.gradients import training
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     done = learn(toy, mug_set, mapper="free", learning_rate=0.05)
     assert len(done.concept.tensors["clip_l"].reshape(4, -1).unique(dim=0)) == 4, "every row was learned"

@@ -294,7 +294,7 @@ def test_continuing_another_shape_is_refused(toy, mug_set):
 def test_what_is_learned_is_what_the_prompt_uses(toy, mug_set):
     """Rows per layer and stage: the loss of learning equals the one through the stock path of Concept Prompt."""
     from concepts.host.denoise import Denoiser
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     done = learn(toy, mug_set, steps=6, layers="each", stages=2, learning_rate=0.05, vectors=1)
     assert done.concept.tensors["clip_l"].shape[:3] == (2, 6, 1)
@@ -357,7 +357,7 @@ def test_memory_stays_flat_over_200_cycles(toy, mug_set):
 
     import psutil
 
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     def cycle(seed):
         done = learn(toy, mug_set, steps=2, batch=1, seed=seed, name=f"mug{seed}", vectors=1)

@@ -314,7 +314,7 @@ def test_isolation_pictures_are_drawn_when_nobody_connects_them(flux, monkeypatc
 
 
 def test_the_isolation_caption_names_both_halves_and_marks_the_left_words_alone():
-    from concepts.host.learn_modulation import HALVES
+    from concepts.host.isolation import HALVES
     from concepts.host.words import CAPTION, unmarked
 
     plain, marks = unmarked(HALVES.format("a [hat]", "a hat on a table"), CAPTION)
@@ -323,13 +323,13 @@ def test_the_isolation_caption_names_both_halves_and_marks_the_left_words_alone(
 
 
 def test_captions_of_several_pictures():
-    from concepts.host.learn_modulation import captions
+    from concepts.host.captions import marked_captions
 
     text = "a [hat]\nthe [hat]\n\na [coat]\n"
-    assert captions(text, pictures(2)) == (("a [hat]", "the [hat]"), ("a [coat]",))
+    assert marked_captions(text, pictures(2)) == (("a [hat]", "the [hat]"), ("a [coat]",))
     mirrored = pictures(4, mirrored=(False, True, False, True))
-    assert captions(text, mirrored) == (("a [hat]", "the [hat]"),) * 2 + (("a [coat]",),) * 2
-    assert captions("a [hat]", pictures(3)) == (("a [hat]",),) * 3
+    assert marked_captions(text, mirrored) == (("a [hat]", "the [hat]"),) * 2 + (("a [coat]",),) * 2
+    assert marked_captions("a [hat]", pictures(3)) == (("a [hat]",),) * 3
 
 
 @pytest.mark.parametrize(
@@ -342,10 +342,10 @@ def test_captions_of_several_pictures():
     ],
 )
 def test_captions_that_cannot_be_learned_are_refused(text, count, message):
-    from concepts.host.learn_modulation import captions
+    from concepts.host.captions import marked_captions
 
     with pytest.raises(ValueError, match=message):
-        captions(text, pictures(count))
+        marked_captions(text, pictures(count))
 
 
 def test_what_does_not_fit_is_refused(flux):

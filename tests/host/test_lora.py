@@ -358,7 +358,7 @@ def test_frozen_rows_are_those_of_the_stock_path(toy, mug_set):
     """Target and residual in the session's captions equal the same rows in Concept Prompt; the result bundles them."""
     from concepts.host.gradients import training
     from concepts.host.learn_lora import LoraSession
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     width = toy_width(toy)
     target, others = fitted(rows(init_text="mug"), width), [fitted(rows(f"r{i}", 8, i + 1), width) for i in range(5)]

@@ -51,7 +51,7 @@ def taught(made, words=("hat", "coat"), name="p", seed=0, blocks="all", size=1.0
 
 
 def prompt(made, text, *concepts, strength=1.0, cached=False):
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     with torch.inference_mode():
         return encode_prompt(made.clip, text, [(c, strength) for c in concepts], cached)

@@ -66,7 +66,7 @@ def test_learn_save_load_sample(unet, mug, tmp_path):
 
 
 def test_strength_0_is_the_plain_word_bit_for_bit(unet, mug):
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     with torch.inference_mode():
         off = encode_prompt(unet.clip, "a photo of <mug>", [(mug, 0.0)])
@@ -123,7 +123,7 @@ def test_what_is_learned_is_what_the_prompt_uses(toy, mug_set):
     from concepts.host.denoise import Denoiser
     from concepts.host.gradients import training
     from concepts.host.neti import TIMES
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     made = learn(*toy[:2], mug_set, steps=4).concept
     with torch.inference_mode():

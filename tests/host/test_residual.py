@@ -323,7 +323,7 @@ def test_continuing_other_pictures_is_refused(toy, mug_set):
 
 
 def test_residuals_and_target_work_in_prompts_and_files(toy, mug_set, tmp_path):
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     done, residuals = learn(toy, mug_set, vectors=2)
     assert [c.name for c in residuals] == [f"residual{i}" for i in range(1, 6)]

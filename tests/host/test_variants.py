@@ -34,7 +34,7 @@ def part(whole: Concept, stage=0, layer=0, role=0) -> Concept:
 
 
 def prompt(made, text, *concepts):
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     with torch.inference_mode():
         return encode_prompt(made.clip, text, [(c, 1.0) for c in concepts])
@@ -146,7 +146,7 @@ def test_one_stage_and_no_split_is_the_plain_form_bit_for_bit(unet, cfg):
 
 
 def test_strength_0_is_the_plain_word_bit_for_bit(unet):
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     whole = concept(unet, stages=3, layers=9, roles=2)
     with torch.inference_mode():

@@ -95,7 +95,7 @@ def concept(name="p", words=("hat", "coat", "in", "to")) -> Concept:
     ],
 )
 def test_wrong_names_are_refused(flux, text, message):
-    from concepts.host.text import encode_prompt
+    from concepts.host.prompt import encode_prompt
 
     mug = Concept("mug", "tokens", {"t5xxl": torch.ones(1, 1, 1, 1, 64)}, {"init_text": "mug"})
     with torch.inference_mode(), pytest.raises(ValueError, match=message):

@@ -28,14 +28,14 @@ def test_two_things_come_with_a_mask_of_both():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_captions_of_two_things_are_what_learn_modulation_takes(count):
+    from concepts.host.captions import marked_captions
     from concepts.host.concept_set import make_set
-    from concepts.host.learn_modulation import captions
     from concepts.host.toybox import load
 
     pictures, masks, text = references("two things", count, 5)
     with torch.inference_mode():
         data = make_set(load()[2], [pictures], [masks], [])
-    found = captions(text, data)
+    found = marked_captions(text, data)
     assert [set(lines) for lines in found] == [
         set(world.marked_captions(world.two_things(5 + i)).splitlines()) for i in range(count)
     ]
