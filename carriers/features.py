@@ -23,8 +23,8 @@ class Features:
     """Of the pictures, in pixels."""
     width: int
     info: Mapping[str, Any] = field(default_factory=dict)
-    """JSON facts: architecture, base, prompt, seed, passes, and under ``sources`` per map its layer, timestep, noise,
-    ensemble and a note."""
+    """JSON facts: architecture, base, prompt, seed, passes, the pictures' ``thumbnails`` (host/features.py), and under
+    ``sources`` per map its layer, timestep, noise, ensemble and a note."""
 
     def __post_init__(self):
         with torch.inference_mode(False):

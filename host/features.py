@@ -21,6 +21,11 @@ ROWS = 8
 """Most latents per pass."""
 
 
+def thumbnails(latents: torch.Tensor) -> torch.Tensor:
+    """VAE latents [n, c, h, w] in 4 x 4 cells [n, c, 4, 4], fp32 on the CPU: what tells pictures apart at any size."""
+    return F.adaptive_avg_pool2d(latents.detach().float(), 4).cpu()
+
+
 def sigma_at(denoiser: Denoiser, timestep: float) -> torch.Tensor:
     """Noise level [1] of a training timestep 0..999; of flow models timestep / 1000, whatever their shift."""
     if denoiser.space == "flow":
@@ -88,6 +93,7 @@ def extract(
         "prompt": text,
         "seed": seed,
         "passes": len(work),
+        "thumbnails": thumbnails(latents).tolist(),
         "sources": {
             w.name: {"layer": w.place, "timestep": w.timestep, "noise": w.noise, "ensemble": key[2], "note": w.note}
             for key, group in groups.items()

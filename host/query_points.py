@@ -9,13 +9,18 @@ from ..carriers.errors import CarrierMismatch
 from ..carriers.features import Features
 from ..kernels.match import Pairs, match
 from .feature_places import Want, preset
-from .features import extract
+from .features import extract, thumbnails
 from .matching import covered
 from .session import fingerprint
 from .text import PLACEHOLDER
 
 FEWEST = 8
 """Pairs below which a step would follow chance."""
+
+
+APART = 0.5
+"""Distance of two thumbnails, as a share of the longer, that makes two pictures: twice that of a picture and itself at
+half the size, and half that of pictures of one thing in several places."""
 
 
 class TooFew(ValueError):
@@ -49,14 +54,27 @@ def read_before(model, features: Features, references: int, size: tuple[int, int
     return Want("dift", *(info["sources"]["dift"][key] for key in ("layer", "timestep", "noise", "ensemble")))
 
 
+def _alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    ours, theirs = ours.flatten(1), theirs.flatten(1)
+    longer = torch.maximum(ours.norm(dim=1), theirs.norm(dim=1)).clamp_min(1e-6)
+    others = ((ours - theirs).norm(dim=1) > APART * longer).nonzero()[:, 0].tolist()
+    if others:
+        raise ValueError(
+            f"reference_features are of other pictures than image (number {', '.join(str(n + 1) for n in others)}); "
+            "extract them from the same pictures, in the same order."
+        )
+
+
 def dift_of(model, clip, latents, text: str, ensemble: int, seed: int, features: Features | None) -> list[torch.Tensor]:
     """Features [c, h, w] of references, all of one size, and of the picture behind them.
 
     latents: of each [c, h, w]; ``features``: those of the references, read before (``read_before``), whose prompt, seed
-    and settings then hold for the picture too. Raises: as ``read_before`` and ``extract`` do.
+    and settings then hold for the picture too. Raises: ValueError for features of other pictures; as ``read_before``
+    and ``extract`` do.
     """
     references, picture = latents[:-1], latents[-1:]
     if features:
+        _alike(thumbnails(torch.stack(references)), torch.tensor(features.info["thumbnails"]))
         wants = [read_before(model, features, len(references), references[0].shape[-2:])]
         text, seed = features.info["prompt"], features.info["seed"]
         found, parts = [*features.map("dift")], [picture]

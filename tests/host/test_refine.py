@@ -250,6 +250,10 @@ def test_features_of_other_pictures_are_refused(host):
     for count, other in ((2, size), (1, (64, 128))):
         with pytest.raises(ValueError, match="extract them from the same pictures"):
             read_before(made.model, given, count, other)
+    with pytest.raises(ValueError, match="of other pictures than image \\(number 1, 2\\)"):
+        two, swapped = pictures(made, references=2), [1, 0, 2]
+        data = replace(two, latents=tuple(two.latents[i] for i in swapped))
+        session(made, data=data, features=dift(made, two)).find()
     with pytest.raises(CarrierMismatch, match="were read by model"):
         read_before(tiny("sdxl").model, given, 1, size)
     named = replace(given, info={**given.info, "prompt": "a <mug>"})
