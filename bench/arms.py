@@ -76,21 +76,25 @@ def drawn(parts, eyes, name: str, seed: int, word: str, *concepts, model=None) -
     }
 
 
-def rows_of(case: str, methods: Iterable[str], names: list[str], rest: list[str], measured: Callable) -> list[dict]:
-    """All rows of results/<case>.jsonl, after the missing ones were measured.
+def rows_of(
+    case: str, methods: Iterable[str], names: list[str], rest: list[str], measured: Callable, weights: str = ""
+) -> list[dict]:
+    """All rows of results/<case>.jsonl that were measured on ``weights``, after the missing ones were.
 
     ``rest``: [SEEDS] [CONCEPT ...], by default three seeds and ``names``; ``measured(parts, eyes, name, seed, method)``
-    gives a row's values.
+    gives a row's values; ``weights``: a name of the model's, where they have changed since other rows were measured.
     """
     file, seeds, names = RESULTS / f"{case}.jsonl", int(rest[0]) if rest else 3, rest[1:] or names
     loaded, eyes = parts(), judging.load()
     RESULTS.mkdir(exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [r for r in rows if r.get("weights", "") == weights]
     done = {(r["concept"], r["seed"], r["method"]) for r in rows}
     wanted = [(name, seed, method) for seed in range(seeds) for method in methods for name in names]
     for name, seed, method in [w for w in wanted if w not in done]:
         begun = time.monotonic()
         row = {"concept": name, "seed": seed, "method": method, **measured(loaded, eyes, name, seed, method)}
+        row |= {"weights": weights} if weights else {}
         rows.append({**row, "device": device(), "seconds": time.monotonic() - begun})
         with file.open("a") as kept:
             kept.write(json.dumps(rows[-1]) + "\n")

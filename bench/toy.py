@@ -1,5 +1,6 @@
 """The toy world in this process, for benchmarks: load, prompt, draw with the stock sampler."""
 
+import hashlib
 import os
 import sys
 import types
@@ -44,6 +45,11 @@ def load(kind: str = "unet"):
 
     with torch.inference_mode():
         return (toybox if kind == "unet" else toydit).load()
+
+
+def weights(file: str) -> str:
+    """A name of packed weights that changes with them; ``file``: in the demo's folder."""
+    return hashlib.blake2b((PACK / "demo" / file).read_bytes(), digest_size=4).hexdigest()
 
 
 @torch.inference_mode()

@@ -176,7 +176,8 @@ def main(options, rest) -> int:
         write_dictionary(replace(dictionary(), state={}), EXAMPLE)
         return 0
     keys, nouns = ("carried", "by nouns", "by ground", "leaked", "following", "two", "three"), 2 * 2 * DRAWN
-    rows = arms.rows_of("words", METHODS, [str(n) for n in range(COUNT)], rest, measured)
+    pictures, weights = [str(n) for n in range(COUNT)], toy.weights("toybox-dit.safetensors")
+    rows = arms.rows_of("words", METHODS, pictures, rest, measured, weights)
     rows = [r | {"by nouns": r["carried"][:nouns], "by ground": r["carried"][nouns:]} for r in rows]
     arms.report("words", arms.table(rows, METHODS, keys, "dense", keys), settings=SETTINGS, dictionary=DICTIONARY)
     return 0

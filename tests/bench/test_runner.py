@@ -90,6 +90,9 @@ def test_only_missing_runs_are_measured(monkeypatch, tmp_path):
     for _ in range(2):
         rows = arms.rows_of("case", ["a", "b"], ["crown", "duck"], ["1"], measured)
     assert seen == [("duck", 0, "a"), ("crown", 0, "b"), ("duck", 0, "b")] and len(rows) == 4
+    for _ in range(2):
+        rows = arms.rows_of("case", ["a"], ["crown", "duck"], ["1"], measured, weights="new")
+    assert seen[3:] == [("crown", 0, "a"), ("duck", 0, "a")] and len(rows) == 2, "those of other weights do not count"
 
 
 def test_following_is_compared_where_fidelity_is_equal():
