@@ -2,11 +2,12 @@
 
 Stages, each resumable after an interrupt: ``vae``, ``decoder`` (alone, on finished latents), ``unet`` (denoiser and
 text encoder together), ``pack``, ``polish`` (the packed denoiser alone, on new pictures with many small patterned
-objects). ``dit`` and ``polish-dit`` (train_dit.py) train a diffusion transformer on the packed autoencoder; ``all``
-leaves them out. Working files go to ``--work``; ``pack``, ``polish`` and both of these write the bf16 files that the
-repository carries. On two cores of an AMD EPYC about four hours: VAE 50 minutes, decoder 12, denoiser 100 (0.43 s a
-step on an otherwise idle machine), polish 50. The transformer wants a GPU: ``dit --gpu``, then ``polish-dit --gpu
---dit-steps 1600 --dit-pictures 12000``.
+objects). ``dit``, ``polish-dit`` and ``patterns-dit`` (train_dit.py) train a diffusion transformer on the packed
+autoencoder; ``all`` leaves them out. Working files go to ``--work``; ``pack``, ``polish`` and these three write the
+bf16 files that the repository carries. On two cores of an AMD EPYC about four hours: VAE 50 minutes, decoder 12,
+denoiser 100 (0.43 s a step on an otherwise idle machine), polish 50. The transformer wants a GPU: ``dit --gpu``, then
+``polish-dit --gpu --dit-steps 1600 --dit-pictures 12000``; ``patterns-dit --dit-steps 2800 --dit-pictures 16000
+--dit-batch 64`` is 100 minutes on the two cores.
 """
 
 import argparse
@@ -461,7 +462,9 @@ def pack(work: Path, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["vae", "decoder", "unet", "pack", "polish", "dit", "polish-dit", "all"])
+    parser.add_argument(
+        "stage", choices=["vae", "decoder", "unet", "pack", "polish", "dit", "polish-dit", "patterns-dit", "all"]
+    )
     parser.add_argument("--host", type=Path, required=True, help="ComfyUI folder")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--vae-steps", type=int, default=2600)
@@ -471,7 +474,7 @@ def main() -> None:
     parser.add_argument("--dit-steps", type=int, default=4000)
     parser.add_argument("--dit-pictures", type=int, default=32000)
     parser.add_argument("--dit-batch", type=int, default=128)
-    parser.add_argument("--gpu", action="store_true", help="for dit and polish-dit")
+    parser.add_argument("--gpu", action="store_true", help="for the transformer's stages")
     a = parser.parse_args()
     start_host(a.host.resolve(), a.gpu)
     a.work.mkdir(parents=True, exist_ok=True)
@@ -487,12 +490,11 @@ def main() -> None:
     if a.stage in ("polish", "all"):
         for number, steps in enumerate(a.polish_steps):
             polish(a.work, packed, number, steps)
-    if a.stage in ("dit", "polish-dit"):
+    if a.stage.endswith("dit"):
         from . import train_dit
 
         transformer = packed.with_name("toybox-dit.safetensors")
-        begin = transformer if a.stage == "polish-dit" else None
-        trained = train_dit.train_dit(a.work, a.dit_steps, begin, a.dit_pictures, a.dit_batch)
+        trained = train_dit.train_dit(a.work, a.stage, a.dit_steps, transformer, a.dit_pictures, a.dit_batch)
         train_dit.pack(trained, transformer)
 
 

@@ -1,5 +1,6 @@
-"""The stages ``dit`` and ``polish-dit`` of train.py: the toy world's diffusion transformer and its T5, on pictures with
-one or two objects; from nothing, and from the packed weights on new pictures.
+"""The stages ``dit``, ``polish-dit`` and ``patterns-dit`` of train.py: the toy world's diffusion transformer and its
+T5, on pictures with one or two objects; from nothing, from the packed weights on new pictures, and from those the
+transformer alone on pictures of which every second has a single textured object.
 
 Flow matching (arXiv 2209.03003) on the latents of the packed autoencoder, a tenth of the captions empty.
 """
@@ -30,6 +31,18 @@ def scenes_of(count: int, seed: int) -> list[tuple[world.Scene, ...]]:
         one = world.thing_scene if kind > 0.9 else world.named_scene
         made.append(world.pair(rng) if kind < PAIRS else (one(rng),))
     return made
+
+
+def patterned_scenes(count: int, seed: int) -> list[tuple[world.Scene, ...]]:
+    """As ``scenes_of``, but every second picture has one object with a texture the transformer draws badly."""
+    rng, scenes = random.Random(seed), scenes_of(count, seed)
+    for i in range(0, count, 2):
+        scene = world.named_scene(rng)
+        pattern = rng.choice(("dotted", "checkered", "banded"))
+        if not world.held_out(scene.shape, scene.colour, pattern):
+            scene = world.replace(scene, pattern=pattern)
+        scenes[i] = (scene,)
+    return scenes
 
 
 def said(scenes: tuple[world.Scene, ...], rng: random.Random, full: bool = False) -> str:
@@ -227,9 +240,9 @@ def cell_labels(scenes, cells: int = 8) -> torch.Tensor:
     return made.flatten(1, 2).long()
 
 
-def noise_levels(count: int, g: torch.Generator) -> torch.Tensor:
+def noise_levels(count: int, g: torch.Generator, moved: float = 0.6) -> torch.Tensor:
     """Levels [count] in 0..1, logit-normal and moved up: place and ground, decided first, need most of them."""
-    return (torch.randn(count, generator=g) + 0.6).sigmoid()
+    return (torch.randn(count, generator=g) + moved).sigmoid()
 
 
 def build():
@@ -271,8 +284,9 @@ def latents_of(scenes, vae, file: Path) -> torch.Tensor:
     return torch.load(file, weights_only=True)
 
 
-def train_dit(work: Path, steps: int, packed: Path | None, pictures: int, batch: int) -> Path:
-    """Trains, resumably, from nothing or from ``packed``; a sheet of held-out prompts every thousand steps.
+def train_dit(work: Path, stage: str, steps: int, packed: Path, pictures: int, batch: int) -> Path:
+    """Trains, resumably, ``dit`` from nothing and other stages from ``packed``; a sheet of held-out prompts every
+    thousand steps. ``patterns-dit`` leaves T5 as it is, so that dictionaries of its words stay true.
 
     Returns: the file with the state, for ``pack``.
     """
@@ -287,16 +301,19 @@ def train_dit(work: Path, steps: int, packed: Path | None, pictures: int, batch:
     comfy.model_management.in_training = True  # chooses rope and norm kernels that differentiate
     torch.set_float32_matmul_precision("high")
     device = comfy.model_management.get_torch_device()
-    name, scenes = ("polish-dit", scenes_of(pictures, 12)) if packed else ("dit", scenes_of(pictures, 11))
-    model, clip, vae = toydit.load(packed) if packed else build()
+    fresh, patterns = stage == "dit", stage == "patterns-dit"
+    scenes = patterned_scenes(pictures, 13) if patterns else scenes_of(pictures, 11 if fresh else 12)
+    model, clip, vae = build() if fresh else toydit.load(packed)
     vae = vae.first_stage_model.to(device)
     clip.cond_stage_model.to(device)
-    z = latents_of(scenes, vae, work / f"{name}-latents.pt").to(device)
-    ids, pooled, nothing, empty = texts(scenes, clip, work / f"{name}-texts.pt")
-    used = torch.cat([ids.flatten().long(), torch.tensor(nothing), toydit.stored(packed)]).unique()
+    z = latents_of(scenes, vae, work / f"{stage}-latents.pt").to(device)
+    ids, pooled, nothing, empty = texts(scenes, clip, work / f"{stage}-texts.pt")
+    used = torch.cat([ids.flatten().long(), torch.tensor(nothing), toydit.stored(None if fresh else packed)]).unique()
     net = Flow(clip, model, used).to(device)
+    if patterns:
+        net.requires_grad_(False).dit.requires_grad_(True)
     print("parameters", sum(p.numel() for p in net.dit.parameters()), "words", len(used), flush=True)
-    if not packed:
+    if fresh:
         head_start(net, scenes, clip, ids, work)
     heads, labels = CellHeads(toydit.DIT["hidden_size"]).to(device), cell_labels(scenes).to(device)
     seen = []
@@ -305,17 +322,20 @@ def train_dit(work: Path, steps: int, packed: Path | None, pictures: int, batch:
     def orthogonal(name: str) -> bool:
         return "_blocks." in name and name.endswith("weight") and "norm" not in name
 
-    rate = 1e-3 if packed else 2e-3
-    trainer = Trainer(name, {"net": net, "heads": heads}, work, steps, rate, orthogonal=orthogonal)
+    rate = 2e-3 if fresh else 1e-3
+    trainer = Trainer(stage, {"net": net, "heads": heads}, work, steps, rate, orthogonal=orthogonal)
     region, nothing = weights_around_objects(scenes).to(device), torch.tensor(nothing, dtype=torch.int32)
 
     def loss_of(step, g):
         pick, which = torch.randint(len(z), (batch,), generator=g), torch.randint(CAPTIONS, (batch,), generator=g)
+        if patterns:
+            which[torch.rand(batch, generator=g) < 0.5] = 0  # says everything
         words, vectors = ids[pick, which].clone(), pooled[pick, which].clone()
         none = torch.rand(batch, generator=g) < 0.1
         words[none], vectors[none] = nothing, empty
         vectors[torch.rand(batch, generator=g) < POOLED_AWAY] = empty
-        noise, level = torch.randn(batch, *z.shape[1:], generator=g).to(device), noise_levels(batch, g).to(device)
+        noise = torch.randn(batch, *z.shape[1:], generator=g).to(device)
+        level = noise_levels(batch, g, 0.0 if patterns else 0.6).to(device)
         pick = pick.to(device)
         clean = z[pick]
         x = torch.lerp(clean, noise, level.view(-1, 1, 1, 1))
@@ -339,7 +359,7 @@ def train_dit(work: Path, steps: int, packed: Path | None, pictures: int, batch:
         for now, then in zip(levels[:-1], levels[1:], strict=True):
             plain, some = net.velocity(torch.cat([x, x]), now.expand(2 * count), context, both).chunk(2)
             x = x + (then - now) * (plain + 3.0 * (some - plain))
-        sheet(vae.decode(x), 8, work / f"{name}-{trainer.step:05d}.png")
+        sheet(vae.decode(x), 8, work / f"{stage}-{trainer.step:05d}.png")
 
     with safe_residuals(net.t5, net.dit):
         trainer.run(loss_of, report, every=250)
@@ -348,11 +368,11 @@ def train_dit(work: Path, steps: int, packed: Path | None, pictures: int, batch:
 
 
 def pack(trained: Path, file: Path) -> None:
-    """Writes the averaged weights as one bf16 file; picture rows' heads stay behind."""
+    """Writes the averaged weights as one bf16 file, beside those of it that were not trained; heads stay behind."""
     import json
 
     from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     from host import toybox, toydit
 
@@ -361,9 +381,14 @@ def pack(trained: Path, file: Path) -> None:
     state = {"model.diffusion_model." + k.removeprefix("dit."): v for k, v in own.items() if k.startswith("dit.")}
     t5 = "text_encoders.t5xxl."
     state |= {f"{t5}transformer." + k.removeprefix("t5."): v for k, v in own.items() if k.startswith("t5.")}
-    state[t5 + toydit.TABLE] = own["table"]
+    if "table" in own:
+        state[t5 + toydit.TABLE] = own["table"]
     state = {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}
-    state[f"{t5}token_ids"] = torch.load(trained.with_suffix(".tokens"), weights_only=True, map_location="cpu").int()
+    if "table" in own:
+        ids = torch.load(trained.with_suffix(".tokens"), weights_only=True, map_location="cpu")
+        state[f"{t5}token_ids"] = ids.int()
+    else:
+        state = load_file(file) | state
     with safe_open(toybox.FILE, "pt") as base:
         facts = json.loads(base.metadata()["toybox"])
     rgb = (facts["scale_factor"] * torch.tensor(facts["rgb"])).tolist()  # these latents are not scaled
