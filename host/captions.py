@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from .concept_set import ConceptSet
-from .text import PLACEHOLDER, encoders, end_to_end, even, ready, variant, with_rows
+from .text import NAMED, encoders, end_to_end, even, ready, variant, with_rows
 from .variants import Grid, with_contexts
 from .words import CAPTION, unmarked
 
@@ -55,7 +55,7 @@ class Prompts:
             known = match[1] in self.names
             return f" embedding:mark-{self.names.index(match[1])} " if known else match[0]
 
-        self.tokens = [marking.tokenize(MARK.sub(marked, PLACEHOLDER.sub("{}", t)).strip()) for t in texts]
+        self.tokens = [marking.tokenize(MARK.sub(marked, NAMED.sub("{}", t)).strip()) for t in texts]
         for encoder in encoders(clip):
             _level(encoder.tokenizer, [tokens[encoder.slot] for tokens in self.tokens])
 
@@ -170,7 +170,7 @@ def marked_captions(text: str, data: ConceptSet) -> tuple[tuple[str, ...], ...]:
         elif blocks[-1]:
             blocks.append([])
     blocks = [block for block in blocks if block]
-    if named := PLACEHOLDER.search(text):
+    if named := NAMED.search(text):
         raise ValueError(f"The captions name {named[0]}, and here ordinary words are learned; write the word instead.")
     if not blocks:
         raise ValueError("There is no caption; write what the picture shows, for example: a girl with a [hat].")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .text import PLACEHOLDER
+from .text import NAMED
 
 OBJECT = (
     "a photo of {}",
@@ -56,7 +56,7 @@ def _captions(texts: list[str], count: int, template: str) -> list[tuple[str, ..
     """
     if not texts:
         return [OBJECT if template == "object" else STYLE] * count
-    texts = [PLACEHOLDER.sub("{}", t) for t in texts]
+    texts = [NAMED.sub("{}", t) for t in texts]
     lost = [t for t in texts if "{}" not in t]
     if lost:
         raise ValueError(

@@ -22,7 +22,7 @@ from .concept_set import ConceptSet
 from .denoise import noise_time
 from .gradients import ordinary
 from .session import RunSettings, Session
-from .text import PLACEHOLDER, as_tokens, concept_rows, encoders
+from .text import NAMED, as_tokens, concept_rows, encoders
 from .variants import Grid, layers_of
 
 
@@ -203,7 +203,7 @@ def captions(
     them when there are only as many residuals as pictures.
     Raises: ValueError when nothing stands for the concept, or residuals and pictures do not match.
     """
-    phrase = PLACEHOLDER.sub("{}", settings.token_text.strip()) or ("{}" if tokens else "")
+    phrase = NAMED.sub("{}", settings.token_text.strip()) or ("{}" if tokens else "")
     if not phrase:
         raise ValueError(
             "Nothing stands for the concept in prompts: connect tokens, or write token_text, for example: sks mug."

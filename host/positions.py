@@ -8,7 +8,7 @@ import torch
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from .captions import STRIDE
-from .text import PLACEHOLDER, Encoder, concept_rows, encoders, fill, named_rows, with_rows
+from .text import NAMED, Encoder, concept_rows, encoders, fill, named_rows, with_rows
 from .variants import layers_of
 from .words import placed, unmarked
 
@@ -99,7 +99,7 @@ def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str
         total += length
         ids = [int(t) if not torch.is_tensor(t) else ("concept", int(t[0])) for t, _ in words]
         for word in wanted:
-            name = PLACEHOLDER.fullmatch(word)
+            name = NAMED.fullmatch(word)
             shown = names.get(name[1]) if name else None
             if shown in marks:
                 mine = ("concept", marks[shown])

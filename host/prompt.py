@@ -11,19 +11,7 @@ from ..carriers.errors import CarrierMismatch
 from . import modulation, words
 from .gradients import ordinary
 from .neti import places, read, with_bypass
-from .text import (
-    PLACEHOLDER,
-    TOKENS,
-    as_tokens,
-    concept_rows,
-    encoders,
-    end_to_end,
-    even,
-    fill,
-    variant,
-    widths,
-    with_rows,
-)
+from .text import NAMED, TOKENS, as_tokens, concept_rows, encoders, end_to_end, even, fill, variant, widths, with_rows
 from .variants import Grid, attach
 
 
@@ -38,9 +26,9 @@ class _Shown(NamedTuple):
 
 
 def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached: bool = False):
-    """Prompt with ``<name>`` placeholders and ``<name:word>`` marks -> the host's CONDITIONING.
+    """Prompt with names ``<name>`` and marks ``<name:word>`` -> the host's CONDITIONING.
 
-    Without a placeholder, and for strength 0 up to the plain word, this is the stock encoder bit for bit. A delta
+    Without either, and for strength 0 up to the plain word, this is the stock encoder bit for bit. A delta
     stands for the rows it bundles, or for the words it was learned with. Concepts with rows per stage, layer or role
     are encoded once per variant and travel in the conditioning (variants.py), and so do the directions of marked words
     (modulation.py), which change nothing of what is encoded; ``cached``: those stored with the concept.
@@ -65,7 +53,7 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached
 
 def _named(clip, text: str, by_name: Mapping[str, tuple[Concept, float]]) -> tuple[dict[str, str], list[_Shown]]:
     """What ``fill`` puts in the place of every name in the text, and the concepts whose rows that calls for."""
-    wanted = list(dict.fromkeys(PLACEHOLDER.findall(text)))
+    wanted = list(dict.fromkeys(NAMED.findall(text)))
     unknown = [f"<{n}>" for n in wanted if n not in by_name]
     if unknown:
         have = ", ".join(f"<{n}>" for n in by_name) or "none"

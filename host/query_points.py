@@ -12,7 +12,7 @@ from .feature_places import Want, preset
 from .features import extract, thumbnails
 from .matching import covered
 from .session import fingerprint
-from .text import PLACEHOLDER
+from .text import NAMED
 
 FEWEST = 8
 """Pairs below which a step would follow chance."""
@@ -46,7 +46,7 @@ def read_before(model, features: Features, references: int, size: tuple[int, int
             f"reference_features are of {len(maps)} pictures of {width} x {height}, image holds {references} of "
             f"{wide} x {high}; extract them from the same pictures."
         )
-    if PLACEHOLDER.search(info["prompt"]):
+    if NAMED.search(info["prompt"]):
         raise ValueError(
             f"reference_features were read under {info['prompt']!r}; points are found without the concept, so extract "
             "them under plain words, such as a photo of a mug."

@@ -36,7 +36,7 @@ from .progress import Progress
 from .query_points import TooFew, dift_of, points_of
 from .session import RunSettings, Session
 from .show import tap_of
-from .text import PLACEHOLDER, as_tokens, concept_rows
+from .text import NAMED, as_tokens, concept_rows
 from .variants import Grid
 
 TEXTS = ("reference", "picture")
@@ -128,7 +128,7 @@ class RefineSession(Session):
         self.kind, self.given, self.tokens, self.last = concept.kind, concept, as_tokens(concept), len(data.latents) - 1
         self.places = lora.places(model, concept) if concept.kind == "delta" else {}
         for text in [data.captions[0][0], data.captions[-1][0]]:
-            if set(PLACEHOLDER.findall(text)) != {concept.name}:
+            if set(NAMED.findall(text)) != {concept.name}:
                 raise ValueError(f"The text {text!r} must name <{concept.name}> and no other concept; write it so.")
         at = settings.timestep if settings.timestep >= 0 else None
         self.wants = preset(model, "PDM", [], timestep=at, noise=settings.noise)
@@ -146,7 +146,7 @@ class RefineSession(Session):
         self.rows = concept_rows(self.clip, self.tokens) if self.tokens else {}
         if not self.tokens:
             phrase = self.given.info.get("token_text") or self.given.name
-            said = [PLACEHOLDER.sub(phrase, text) for text in said]
+            said = [NAMED.sub(phrase, text) for text in said]
         counts = {"": {k: v.shape[-2] for k, v in self.rows.items()}} if self.tokens else {}
         self.prompts = Prompts(self.clip, said, "", counts)
         self.prompts.ready()

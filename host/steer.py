@@ -10,7 +10,7 @@ from ..carriers.errors import CarrierMismatch
 from ..kernels.sae import dense
 from .gradients import ordinary
 from .meanings import checked
-from .text import PLACEHOLDER, TOKENS, Encoder
+from .text import NAMED, TOKENS, Encoder
 from .token_features import find_word, read, spoken_encoder, words_of
 from .variants import VariantHook
 from .words import placed
@@ -59,7 +59,7 @@ def steered(
     Raises: ValueError for a word, latent or mode that is not there, or another prompt's conditioning.
     """
     chosen = latents_of(latents, dictionary)
-    if PLACEHOLDER.search(text):
+    if NAMED.search(text):
         raise ValueError("Where words stand behind a <name> is not known here; steer words of plain prompts.")
     if mode not in MODES:
         raise ValueError(f"Changing latents by {mode!r} is unknown; use one of {', '.join(MODES)}.")

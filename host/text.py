@@ -15,7 +15,8 @@ from ..carriers.delta import bundled
 from ..carriers.errors import CarrierMismatch
 from .neti import read
 
-PLACEHOLDER = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
+NAMED = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
+"""A concept in a text."""
 TOKENS = "concept_tokens"
 """Key in an entry: what ``clip.tokenize`` gave for its prompt, where its rows are no longer what the encoder says of
 that alone."""
@@ -150,7 +151,7 @@ def fill(text: str, names: Mapping[str, str]) -> str:
             + ("" if text[match.end() : match.end() + 1] in ("", " ", ")") else " ")
         )
 
-    return PLACEHOLDER.sub(lambda m: swap(m) if m[1] in names else m[0], text)
+    return NAMED.sub(lambda m: swap(m) if m[1] in names else m[0], text)
 
 
 def plain_rows(concept: Concept, encoder: Encoder, count: int) -> torch.Tensor:
