@@ -28,9 +28,9 @@ class _Shown(NamedTuple):
 def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached: bool = False):
     """Prompt with names ``<name>`` and marks ``<name:word>`` -> the host's CONDITIONING.
 
-    Without either, and for strength 0 up to the plain word, this is the stock encoder bit for bit. A delta
-    stands for the rows it bundles, or for the words it was learned with. Concepts with rows per stage, layer or role
-    are encoded once per variant and travel in the conditioning (variants.py), and so do the directions of marked words
+    Without either, and for strength 0 up to the plain word, this is the stock encoder bit for bit. A delta stands for
+    the rows it bundles, or for the words it was learned with. Concepts with rows per stage, layer or role are encoded
+    once per variant and travel in the conditioning (variants.py), and so do the directions of marked words
     (modulation.py), which change nothing of what is encoded; ``cached``: those stored with the concept.
     Raises: ValueError for an unknown or doubled name, CarrierMismatch for a concept that does not fit.
     """

@@ -16,11 +16,8 @@ from .text import NAMED
 
 FEWEST = 8
 """Pairs below which a step would follow chance."""
-
-
 APART = 0.5
-"""Distance of two thumbnails, as a share of the longer, that makes two pictures: twice that of a picture and itself at
-half the size, and half that of pictures of one thing in several places."""
+"""Distance of two thumbnails, as a share of the longer, above which they are of two pictures."""
 
 
 class TooFew(ValueError):
@@ -54,7 +51,8 @@ def read_before(model, features: Features, references: int, size: tuple[int, int
     return Want("dift", *(info["sources"]["dift"][key] for key in ("layer", "timestep", "noise", "ensemble")))
 
 
-def _alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def same_pictures(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Raises: ValueError naming the references whose thumbnails [n, c, 4, 4] differ from those of the features."""
     ours, theirs = ours.flatten(1), theirs.flatten(1)
     longer = torch.maximum(ours.norm(dim=1), theirs.norm(dim=1)).clamp_min(1e-6)
     others = ((ours - theirs).norm(dim=1) > APART * longer).nonzero()[:, 0].tolist()
@@ -74,7 +72,7 @@ def dift_of(model, clip, latents, text: str, ensemble: int, seed: int, features:
     """
     references, picture = latents[:-1], latents[-1:]
     if features:
-        _alike(thumbnails(torch.stack(references)), torch.tensor(features.info["thumbnails"]))
+        same_pictures(thumbnails(torch.stack(references)), torch.tensor(features.info["thumbnails"]))
         wants = [read_before(model, features, len(references), references[0].shape[-2:])]
         text, seed = features.info["prompt"], features.info["seed"]
         found, parts = [*features.map("dift")], [picture]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,6 +260,27 @@ def test_features_of_other_pictures_are_refused(host):
     named = replace(given, info={**given.info, "prompt": "a <mug>"})
     with pytest.raises(ValueError, match="under plain words"):
         read_before(made.model, named, 1, size)
+
+
+def test_pictures_are_told_apart_at_any_size(toy):
+    """One thing in several places against itself at half and at twice the size."""
+    from concepts.demo import world
+    from concepts.host.features import thumbnails
+    from concepts.host.query_points import same_pictures
+
+    drawn = [world.pixels(world.render(s)[0]) for s in world.references("crown", 4, 0)]
+    images = torch.tensor(np.stack(drawn)).movedim(-1, 1) / 255
+
+    def seen(scale):
+        sized = torch.nn.functional.interpolate(images, scale_factor=scale, mode="bicubic", antialias=True)
+        with torch.inference_mode():
+            return thumbnails(toy[2].encode(sized.clamp(0, 1).movedim(1, -1)))
+
+    own = seen(1)
+    for scale in (0.5, 2):
+        same_pictures(own, seen(scale))
+    with pytest.raises(ValueError, match="number 1, 2, 3, 4"):
+        same_pictures(own, own.roll(1, 0))
 
 
 def test_rows_per_stage_layer_and_role(host):
