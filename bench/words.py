@@ -23,7 +23,7 @@ from . import arms, toy
 
 COUNT, DRAWN = 20, 4
 """Pictures to learn from; pictures drawn per prompt."""
-SETTINGS = {"steps": 240, "shared_steps": 140, "batch": 4, "learning_rate": 2e-3, "hidden": 128}
+SETTINGS = {"steps": 120, "shared_steps": 70, "batch": 4, "learning_rate": 2e-3, "hidden": 128}
 METHODS = {
     "plain words": None,
     "dense": {},
