@@ -92,7 +92,7 @@ def found_once(session, key: tuple) -> None:
 def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor, int, int]:
     """Latents with the concept refined for each prompt; matched points in all; prompts that were left as they were."""
     from concepts.host import lora
-    from concepts.host.query import data_of
+    from concepts.host.query import data_of, references_of
     from concepts.host.refine import RefineSession, RefineSettings, refine
 
     parts, concept = arms.parts(), learned(name, seed, kind)
@@ -103,10 +103,11 @@ def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor,
     rate, done, changes = concept.info["learning_rate"], [], dict(changes)
     rate *= changes.pop("part", 1.0)
     with torch.inference_mode():
+        references = references_of(parts[2], picture, mask, latents.shape[-2:])
         for number, text in enumerate(texts):
             settings = RefineSettings("novel", learning_rate=rate, seed=seed, **changes)
             both = (world.reference_caption(scene[0], "<novel>"), text)
-            data = data_of(parts[2], picture, mask, both, latents[number : number + 1])
+            data = data_of(references, both, latents[number : number + 1])
             session = RefineSession(*parts[:2], data, settings, concept)
             session.find = functools.partial(found_once, session, (name, seed, kind, number))
             done.append(refine(session))

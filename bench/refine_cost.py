@@ -25,7 +25,7 @@ RATE, TEXTS = 5e-3, ("a photo of <toy>", "a photo of <toy> in the park")
 def setup(parts, vae, ensemble: int, picture: torch.Tensor, made: torch.Tensor, features=None):
     """A session on one reference picture and the picture made."""
     from concepts.carriers.concept import Concept
-    from concepts.host.query import data_of
+    from concepts.host.query import data_of, references_of
     from concepts.host.refine import RefineSession, RefineSettings
     from concepts.host.text import encoders
 
@@ -33,7 +33,8 @@ def setup(parts, vae, ensemble: int, picture: torch.Tensor, made: torch.Tensor, 
     rows = encoder.rows(half.WORD)[:1][None, None, None]
     concept = Concept("toy", "tokens", {encoder.key: rows}, {"init_text": half.WORD})
     settings = RefineSettings("toy", learning_rate=RATE, ensemble=ensemble)
-    return RefineSession(parts[0], parts[1], data_of(vae, picture, None, TEXTS, made), settings, concept, features)
+    data = data_of(references_of(vae, picture, None, made.shape[-2:]), TEXTS, made)
+    return RefineSession(parts[0], parts[1], data, settings, concept, features)
 
 
 def features_of(parts, vae, ensemble: int, picture: torch.Tensor):

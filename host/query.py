@@ -12,11 +12,18 @@ from .concept_set import ConceptSet, fitted, make_set
 from .matching import Matches, joined, points
 from .progress import Progress
 from .prompt import encode_prompt
-from .query_points import TooFew, read_before
+from .query_points import TooFew, read_before, same_pictures
 from .refine import Refined, RefineSession, RefineSettings, refine
 
 SHOWN = 40
 """Lines in the picture of the matches."""
+NOT_REFINED = "Concept <{}> was not refined. {}"
+
+
+def begun(model, latent: dict) -> torch.Tensor:
+    """The latent that the host's KSampler begins with, as large as what it makes (nodes.py)."""
+    ratios = {k: latent[k] for k in ("downscale_ratio_spacial", "downscale_ratio_temporal") if k in latent}
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
 
 
 def sampled(
@@ -26,13 +33,11 @@ def sampled(
 
     ``negative``: CONDITIONING, or None for the empty prompt. Shows progress. Raises: the host's interrupt.
     """
-    positive = encode_prompt(clip, text, [(concept, 1.0)])
+    positive, image = encode_prompt(clip, text, [(concept, 1.0)]), begun(model, latent)
     if negative is None:
         negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     if concept.kind == "delta":
         model = lora.apply(model, concept, 1.0)
-    ratios = {k: latent[k] for k in ("downscale_ratio_spacial", "downscale_ratio_temporal") if k in latent}
-    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     progress = Progress(steps, model)
     return comfy.sample.sample(
@@ -62,25 +67,31 @@ def single(latent: dict) -> None:
         )
 
 
-def data_of(vae, images: torch.Tensor, mask, texts: tuple[str, str], made: torch.Tensor) -> ConceptSet:
-    """References as large as the picture, and behind them the picture ``made`` [1, c, h, w]; what RefineSession takes.
+def references_of(vae, images: torch.Tensor, mask, size: tuple[int, int]) -> ConceptSet:
+    """References [n, h, w, c] as large as a latent of ``size``, its height and width.
 
-    images [n, h, w, c]; mask: MASK per reference or None; texts: of the references and of the picture.
-    Raises: TooFew for an empty mask; as ``make_set`` does.
+    mask: MASK per reference or None. Raises: TooFew for an empty mask; as ``make_set`` does.
     """
     if mask is not None and not bool((mask.reshape(-1, *mask.shape[-2:]).flatten(1) > 0).any(1).all()):
         raise TooFew("A reference's mask is empty; paint the concept, or disconnect mask.")
-    side = round((made.shape[-1] * made.shape[-2]) ** 0.5 * vae.spacial_compression_encode())
-    found = make_set(vae, [images], [] if mask is None else [mask], ["{}"], resolution=side)
+    side = round((size[0] * size[1]) ** 0.5 * vae.spacial_compression_encode())
+    return make_set(vae, [images], [] if mask is None else [mask], ["{}"], resolution=side)
+
+
+def data_of(references: ConceptSet, texts: tuple[str, str], made: torch.Tensor) -> ConceptSet:
+    """References and behind them the picture ``made`` [1, c, h, w]; what RefineSession takes.
+
+    texts: of the references and of the picture.
+    """
     with torch.inference_mode(False):
         picture = made[0].detach().float().cpu().clone()
-    captions = ((texts[0],),) * len(found.latents) + ((texts[1],),)
+    captions = ((texts[0],),) * len(references.latents) + ((texts[1],),)
     return replace(
-        found,
-        latents=(*found.latents, picture),
-        masks=(*found.masks, None),
+        references,
+        latents=(*references.latents, picture),
+        masks=(*references.masks, None),
         captions=captions,
-        mirrored=(*found.mirrored, False),
+        mirrored=(*references.mirrored, False),
     )
 
 
@@ -107,26 +118,34 @@ def refined(
 
     ``sampling``: the keywords of ``sampled``; ``generated``: the picture as a LATENT, which is then not sampled;
     ``features``: DIFT's of the references, which are then not read.
+    What is wrong with the references is told before anything is sampled.
     Raises: ValueError instead of handing back the concept as it is, when ``strict``; as ``sampled``, ``refine``,
-    ``read_before`` and ``data_of`` do.
+    ``read_before``, ``same_pictures`` and ``references_of`` do.
     """
     texts = (reference_text.strip() or f"a photo of <{concept.name}>", text)
     single(latent if generated is None else generated)
     if features is not None:
         read_before(model, features, len(images), images.shape[1:3])
-    if generated is not None:
-        made = generated["samples"]
-    else:
+    made, lacking = None if generated is None else generated["samples"], ""
+    size = (begun(model, latent) if made is None else made).shape[-2:]
+    try:
+        references = references_of(vae, images, mask, size)
+    except TooFew as error:
+        lacking = str(error)
+        if strict:
+            raise ValueError(NOT_REFINED.format(concept.name, error)) from error
+    if features is not None and not lacking:
+        same_pictures(features, references.latents)
+    if made is None:
         made = sampled(model, clip, concept, text, negative, latent, **sampling)
     before = vae.decode(made)
-    try:
-        data = data_of(vae, images, mask, texts, made)
-    except TooFew as error:
-        done = Refined(concept, {}, {}, (), (), str(error))
+    if lacking:
+        done = Refined(concept, {}, {}, (), (), lacking)
     else:
+        data = data_of(references, texts, made)
         done = refine(RefineSession(model, clip, data, settings, concept, features), checkpointing)
     if done.reason and strict:
-        raise ValueError(f"Concept <{concept.name}> was not refined. {done.reason}")
+        raise ValueError(NOT_REFINED.format(concept.name, done.reason))
     return done.concept, _matches(done, vae, images, before), before, report(done, text)
 
 

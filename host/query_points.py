@@ -1,6 +1,7 @@
 """Which cells of references a picture shows, as DIFT (arXiv 2306.03881) finds them, for a step on what is there."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +52,12 @@ def read_before(model, features: Features, references: int, size: tuple[int, int
     return Want("dift", *(info["sources"]["dift"][key] for key in ("layer", "timestep", "noise", "ensemble")))
 
 
-def same_pictures(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Raises: ValueError naming the references whose thumbnails [n, c, 4, 4] differ from those of the features."""
-    ours, theirs = ours.flatten(1), theirs.flatten(1)
-    longer = torch.maximum(ours.norm(dim=1), theirs.norm(dim=1)).clamp_min(1e-6)
-    others = ((ours - theirs).norm(dim=1) > APART * longer).nonzero()[:, 0].tolist()
+def same_pictures(features: Features, latents: Sequence[torch.Tensor]) -> None:
+    """Raises: ValueError naming the references, latents [c, h, w], that are not the pictures of the features."""
+    own, theirs = thumbnails(torch.stack(tuple(latents))), torch.tensor(features.info["thumbnails"])
+    own, theirs = own.flatten(1), theirs.flatten(1)
+    longer = torch.maximum(own.norm(dim=1), theirs.norm(dim=1)).clamp_min(1e-6)
+    others = ((own - theirs).norm(dim=1) > APART * longer).nonzero()[:, 0].tolist()
     if others:
         raise ValueError(
             f"reference_features are of other pictures than image (number {', '.join(str(n + 1) for n in others)}); "
@@ -72,7 +74,7 @@ def dift_of(model, clip, latents, text: str, ensemble: int, seed: int, features:
     """
     references, picture = latents[:-1], latents[-1:]
     if features:
-        same_pictures(thumbnails(torch.stack(references)), torch.tensor(features.info["thumbnails"]))
+        same_pictures(features, references)
         wants = [read_before(model, features, len(references), references[0].shape[-2:])]
         text, seed = features.info["prompt"], features.info["seed"]
         found, parts = [*features.map("dift")], [picture]

@@ -262,25 +262,53 @@ def test_features_of_other_pictures_are_refused(host):
         read_before(made.model, named, 1, size)
 
 
+def drawn(scale=1):
+    """One thing in four places: IMAGE."""
+    from concepts.demo import world
+
+    made = [world.pixels(world.render(s)[0]) for s in world.references("crown", 4, 0)]
+    images = torch.tensor(np.stack(made)).movedim(-1, 1) / 255
+    sized = torch.nn.functional.interpolate(images, scale_factor=scale, mode="bicubic", antialias=True)
+    return sized.clamp(0, 1).movedim(1, -1)
+
+
 def test_pictures_are_told_apart_at_any_size(toy):
     """One thing in several places against itself at half and at twice the size."""
-    from concepts.demo import world
-    from concepts.host.features import thumbnails
+    from concepts.host.feature_places import preset
+    from concepts.host.features import extract
     from concepts.host.query_points import same_pictures
 
-    drawn = [world.pixels(world.render(s)[0]) for s in world.references("crown", 4, 0)]
-    images = torch.tensor(np.stack(drawn)).movedim(-1, 1) / 255
+    with torch.inference_mode():
+        own = toy[2].encode(drawn())
+        features = extract(*toy[:2], own, preset(toy[0], "DIFT", [], ensemble=1), "a photo")
+        for scale in (0.5, 1, 2):
+            same_pictures(features, toy[2].encode(drawn(scale)))
+        with pytest.raises(ValueError, match="number 1, 2, 3, 4"):
+            same_pictures(features, own.roll(1, 0))
 
-    def seen(scale):
-        sized = torch.nn.functional.interpolate(images, scale_factor=scale, mode="bicubic", antialias=True)
-        with torch.inference_mode():
-            return thumbnails(toy[2].encode(sized.clamp(0, 1).movedim(1, -1)))
 
-    own = seen(1)
-    for scale in (0.5, 2):
-        same_pictures(own, seen(scale))
-    with pytest.raises(ValueError, match="number 1, 2, 3, 4"):
-        same_pictures(own, own.roll(1, 0))
+def test_wrong_references_are_told_before_sampling(toy, monkeypatch):
+    from concepts.host import query
+    from concepts.host.feature_places import preset
+    from concepts.host.features import extract
+    from concepts.host.text import encoders
+
+    def sampled(*given, **more):
+        raise AssertionError("sampled first")
+
+    monkeypatch.setattr(query, "sampled", sampled)
+    model, clip, vae = toy
+    (encoder,) = encoders(clip)
+    rows = encoder.rows("mug")[:1][None, None, None]
+    what = Concept("mug", "tokens", {encoder.key: rows}, {"init_text": "mug"})
+    images, latent = drawn(), {"samples": torch.zeros(1, 4, 16, 16)}
+    given = (model, clip, vae, what, TEXTS[1], images, latent, settings(), {})
+    with torch.inference_mode():
+        features = extract(model, clip, vae.encode(images.roll(1, 0)), preset(model, "DIFT", []), "a photo")
+        with pytest.raises(ValueError, match="other pictures"):
+            query.refined(*given, features=features)
+        with pytest.raises(ValueError, match="not refined. A reference's mask is empty"):
+            query.refined(*given, mask=torch.zeros(4, 128, 128), strict=True)
 
 
 def test_rows_per_stage_layer_and_role(host):
