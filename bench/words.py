@@ -34,6 +34,13 @@ METHODS = {
     "dense, 240 steps": LONGER,
     "SAE + pruning, 240 steps": {"keep": 8, **LONGER},
 }
+COMPARED = (
+    ("SAE + pruning", "SAE"),
+    ("dense, 240 steps", "dense"),
+    ("SAE + pruning, 240 steps", "SAE + pruning"),
+    ("SAE + pruning, 240 steps", "dense, 240 steps"),
+)
+"""Methods whose gains are over another than dense rows."""
 LOOKS, GROUND = ("colour", "pattern"), "background"
 EXAMPLE = toy.PACK / "demo" / "dictionaries" / "toy-t5-words.safetensors"
 DICTIONARY = {"expansion": 4, "k": 8, "steps": 1500, "batch": 512, "learning_rate": 1e-3}
@@ -182,5 +189,8 @@ def main(options, rest) -> int:
     pictures, weights = [str(n) for n in range(COUNT)], toy.weights("toybox-dit.safetensors")
     rows = arms.rows_of("words", METHODS, pictures, rest, measured, weights)
     rows = [r | {"by nouns": r["carried"][:nouns], "by ground": r["carried"][nouns:]} for r in rows]
-    arms.report("words", arms.table(rows, METHODS, keys, "dense", keys), settings=SETTINGS, dictionary=DICTIONARY)
+    found = arms.table(rows, METHODS, keys, "dense", keys)
+    for method, base in COMPARED:
+        found |= {f"{k} over {base}": v for k, v in arms.table(rows, [method], keys, base, keys).items()}
+    arms.report("words", found, settings=SETTINGS, dictionary=DICTIONARY)
     return 0
