@@ -89,6 +89,16 @@ def page_of(one: Cells, two: Cells, part: slice, out: torch.Tensor) -> torch.Ten
     return out.mul_(two.scale.float())
 
 
+def peaks(page: torch.Tensor) -> torch.Tensor:
+    """Maxima of page [a, GROUP, b] over its groups, [a, b]; in bf16 exact only where they are 0 or more.
+
+    There they are found as integers, which keep the order of floats without a sign and are faster to compare.
+    """
+    if page.dtype != torch.bfloat16:
+        return page.amax(1)
+    return page.view(torch.int16).amax(1).view(torch.bfloat16)
+
+
 def settle(group: torch.Tensor, other: torch.Tensor, count: int, scores) -> tuple[torch.Tensor, torch.Tensor]:
     """The best candidate of each group, the lowest one of equals; scores(which) is asked where there are several.
 
@@ -161,12 +171,14 @@ class Search:
         torch.mm(rounded, self.table.T, out=self.page[:rows, :m])
 
     def _near(self, part: slice) -> torch.Tensor | None:
-        """Nearest second cell of each row of a part; None when too many are nearly the nearest."""
+        """Nearest second cell of each row of a part; None when too many are nearly the nearest, or one is below 0."""
         self._fill(part)
         rows, m, most = part.stop - part.start, self.two.count, self.rows * self.width // FEW
         page = self.page.view(self.rows, GROUP, -1)[:rows]
-        groups = page.amax(1)
+        groups = peaks(page)
         floor = self._floor(groups.amax(1).float())
+        if floor.min() < 0 and self.table is not None:
+            return None
         i, g = (groups >= floor[:, None]).nonzero(as_tuple=True)
         near = page[i[:most], :, g[:most]] >= floor[i[:most], None]
         if len(i) > most or near.sum() > most:
@@ -175,9 +187,11 @@ class Search:
         i, j = i[hit], member * page.shape[2] + g[hit]
         if self.both_ways:
             page = self.page.view(-1, GROUP, self.width)[..., :m]
-            groups = page.amax(1).float()
+            groups = peaks(page).float()
             top = torch.maximum(self.top, groups.amax(0))
             floor = self._floor(top)
+            if floor.min() < 0 and self.table is not None:
+                return None
             g, k = (groups >= floor).nonzero(as_tuple=True)
             values = page[g[:most], :, k[:most]]
             near = values >= floor[k[:most], None]

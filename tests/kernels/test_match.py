@@ -76,6 +76,16 @@ def test_pairs_are_those_of_the_whole_matrix(products, monkeypatch, n, m, c, mut
     same(match(a, b, mutual=mutual), whole(a, b, mutual))
 
 
+@pytest.mark.parametrize("mutual", [True, False])
+def test_the_nearest_may_point_the_other_way(products, mutual):
+    one, spread = drawn(1, 96), torch.rand(256, 1, generator=torch.Generator().manual_seed(0)) + 0.3
+    a, b = -one.repeat(60, 1) + drawn(60, 96, seed=1), -one + spread * drawn(256, 96, seed=2)
+    a[:5] *= -1
+    assert (cosines(a, b).amax(1) < 0).sum() == 5
+    same(match(a, b, mutual=mutual), whole(a, b, mutual))
+    same(match(b, a, mutual=mutual), whole(b, a, mutual))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes_and_lengths(products, dtype):
     a, b = both(300, 310, 48)
