@@ -14,6 +14,10 @@ PIECE = 1 << 25
 """Elements of a softmax that exist at the same time."""
 CACHED = 1 << 19
 """The same on CPUs, where a piece should stay in the cache."""
+VECTOR = 16
+"""Products are faster with so many columns, or a multiple."""
+TEXT = 1024
+"""Keys of a text, at most; torch's fused product is faster on a CPU where there are more."""
 PIXELS = 1024
 """Pixels that a map counts as having, whatever its resolution: 32 x 32, SD1's at 512 px."""
 
@@ -32,12 +36,6 @@ def _softmax(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return (_wide(q) * q.shape[-1] ** -0.5 @ _wide(k).transpose(-1, -2)).softmax(-1)
 
 
-def _piece(q: torch.Tensor, k: torch.Tensor) -> int:
-    """Queries per piece."""
-    most = min(PIECE, CACHED) if q.device.type == "cpu" else PIECE
-    return max(1, most // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-
-
 def fused(q, k, v, columns):
     """Output [b, heads, n, d] and maps [b, n, c] of split heads q [b, heads, n, d], k and v [b, heads, m, d].
 
@@ -51,32 +49,65 @@ def fused(q, k, v, columns):
     return out.contiguous(), _wide(maps).mean(1)
 
 
+def _pieces(q, k, v, columns, more: int):
+    """Softmax of a piece of one sample's queries at a time, in memory that all pieces share.
+
+    Yields: sample; piece of the queries; q of the piece [heads, p, d]; keys [heads, m, d], times the scale; values
+    [heads, m, e]; columns [m, c]; probabilities [heads, p, m], and ``more`` times as much room. Keys are filled up with
+    ones that nothing attends to.
+    """
+    (heads, queries, d), count = q.shape[1:], k.shape[2]
+    m = -(-count // VECTOR) * VECTOR
+    keys, values, columns = (F.pad(_wide(x), (0, 0, 0, m - count)) for x in (k, v, columns))
+    keys, columns = keys * d**-0.5, columns.expand(len(q), -1, -1)
+    most = CACHED if q.device.type == "cpu" else PIECE
+    step = max(1, min(queries, most // max(1, heads * m)))
+    room = keys.new_empty(1 + more, heads * step * m)
+    for sample in range(len(q)):
+        for start in range(0, queries, step):
+            which = slice(start, min(start + step, queries))
+            part = _wide(q[sample, :, which])
+            p, scores, *others = room[:, : heads * part.shape[1] * m].view(len(room), heads, -1, m)
+            torch.bmm(part, keys[sample].mT, out=scores)[..., count:] = -torch.inf
+            torch.softmax(scores, -1, out=p)
+            yield sample, which, part, keys[sample], values[sample], columns[sample], p, scores, *others
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, columns, follow):
         ctx.save_for_backward(q, k, v, columns)
         ctx.follow = follow
-        return fused(q, k, v, columns)
+        if q.device.type != "cpu" or k.shape[2] > TEXT:
+            return fused(q, k, v, columns)
+        out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+        maps = _wide(q).new_empty(len(q), q.shape[2], columns.shape[-1])
+        for sample, which, _, _, values, own, p, _ in _pieces(q, k, v, columns, 1):
+            out[sample, :, which] = torch.bmm(p, values)
+            maps[sample, which] = p.mean(0) @ own
+        return out, maps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, from_out, from_maps):
         q, k, v, columns = ctx.saved_tensors
-        step, scale = _piece(q, k), q.shape[-1] ** -0.5
-        dq, dk, dv = [], torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
-        wide, values = _wide(k), _wide(v)
-        for part, out, seen in zip(q.split(step, 2), from_out.split(step, 2), from_maps.split(step, 1), strict=True):
-            p, out = _softmax(part, k), _wide(out)
-            dv += p.transpose(-1, -2) @ out
-            through = out @ values.transpose(-1, -2)
-            more = (seen.to(p) @ columns.to(p).transpose(-1, -2) / q.shape[1])[:, None]
-            both = through + more
-            slope = p * (both - (both * p).sum(-1, keepdim=True)) * scale
-            dk += slope.transpose(-1, -2) @ _wide(part)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
+
+        def slope(gradient, p, out):
+            return torch.ops.aten._softmax_backward_data.out(gradient, p, -1, p.dtype, grad_input=out)
+
+        for sample, which, part, keys, values, own, p, through, found in _pieces(q, k, v, columns, 2):
+            out = _wide(from_out[sample, :, which])
+            dv[sample] += torch.bmm(p.mT, out)[:, : k.shape[2]]
+            torch.bmm(out, values.mT, out=through)
             if not ctx.follow:
-                slope = p * (through - (through * p).sum(-1, keepdim=True)) * scale
-            dq.append((slope @ wide).to(q))
-        return torch.cat(dq, 2), dk.to(k), dv.to(v), None, None
+                dq[sample, :, which] = torch.bmm(slope(through, p, found), keys)
+            through += from_maps[sample, which].to(p) @ own.mT / q.shape[1]
+            slope(through, p, found)
+            if ctx.follow:
+                dq[sample, :, which] = torch.bmm(found, keys)
+            dk[sample] += torch.bmm(found.mT, part)[:, : k.shape[2]]
+        return dq, dk.mul_(q.shape[-1] ** -0.5).to(k), dv.to(v), None, None
 
 
 def attend(q, k, v, heads: int, columns: torch.Tensor, follow_queries: bool = False):

@@ -19,9 +19,12 @@ def naive(q, k, heads):
     return torch.stack(parts, 1)
 
 
-@pytest.fixture(params=[attention.PIECE, 60], ids=["whole", "pieces"])
+@pytest.fixture(
+    params=[(1 << 19, 16), (40, 1), (130, 16), (1, 1)], ids=["whole", "4 and 2", "4 and 2 filled up", "single"]
+)
 def case(request, monkeypatch):
-    monkeypatch.setattr(attention, "PIECE", request.param)
+    for name, value in zip(("CACHED", "VECTOR"), request.param, strict=True):
+        monkeypatch.setattr(attention, name, value)
     q, k, v, r = drawn(2, 6, 8), drawn(2, 5, 8, seed=1), drawn(2, 5, 8, seed=2), drawn(2, 7, 8, seed=3)
     columns, of_reference = torch.zeros(2, 5, 3).double(), torch.zeros(2, 7, 3).double()
     for b, keys in enumerate(([0, 2, 4], [1, 3, 4])):
@@ -31,7 +34,9 @@ def case(request, monkeypatch):
     return q, k, v, r, columns, of_reference
 
 
-def test_attention_and_columns_equal_the_naive_ones(case):
+@pytest.mark.parametrize("text", [1024, 3], ids=["text", "many keys"])
+def test_attention_and_columns_equal_the_naive_ones(case, monkeypatch, text):
+    monkeypatch.setattr(attention, "TEXT", text)
     q, k, v, _, columns, _ = case
     p = naive(q, k, 2)
     out, maps = attention.attend(q, k, v, 2, columns)
