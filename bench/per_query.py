@@ -2,8 +2,10 @@
 
 Every concept is learned as one vector and as a DreamBooth LoRA. Twenty prompts each are drawn, refined against one
 reference with its mask, and drawn again from the same noise: with the diffusion loss alone, with self-attention, with
-cross-attention, with both, and with both at parts of the rate and at other timesteps of the features. The judge
-compares with eight references that were not learned from. Rows are kept in results/per_query.jsonl.
+cross-attention, with both, and with both at parts of the rate, in ten steps and at other timesteps of the features. The
+judge compares with eight references that were not learned from. Of ten steps it is also told how far the distances of
+the paper's losses fell, after the first and after all, as shares of what they were, and how likeness changed against
+pictures that were drawn before on the same device. Rows are kept in results/per_query.jsonl.
 ``nox -s bench -- per_query [SEEDS] [CONCEPT ...]``
 """
 
@@ -25,12 +27,14 @@ PARTS = {
 }
 TIMES = {f"both, t {t}": {"timestep": float(t)} for t in (1, 250, 500, 750)}
 RATES = {f"both, {part} of the rate": {"part": part} for part in (0.1, 0.3)}
+STEPS = {"both, 10 steps at 0.3 of the rate": {"part": 0.3, "steps": 10}}
 CHANGES = {
     f"{kind} {arm}".strip(): (kind, changes)
-    for kind, some in (("tokens", {"": None} | PARTS), ("LoRA", {"": None} | PARTS), ("tokens", RATES | TIMES))
+    for kind, some in (("tokens", {"": None} | PARTS), ("LoRA", {"": None} | PARTS), ("tokens", RATES | STEPS | TIMES))
     for arm, changes in some.items()
 }
 """Method -> kind of concept, and the settings of its refinement; None for the concept as it was learned."""
+TOLD = ("own gain", *(f"{part} fell, {when}" for part in ("SA", "CA") for when in ("first", "all")))
 NAMES = [n for n in world.NOVEL if not world.NOVEL[n].scene.style]
 
 
@@ -89,8 +93,13 @@ def found_once(session, key: tuple) -> None:
     session.dift = list(DIFT[key])
 
 
-def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor, int, int]:
-    """Latents with the concept refined for each prompt; matched points in all; prompts that were left as they were."""
+def fallen(measured: list[dict[str, float]], part: str, step: int) -> float:
+    """By which share of its first value a part of the loss is lower at ``step``; 0 where nothing was compared."""
+    return 1 - measured[step][part] / measured[0][part] if measured else 0.0
+
+
+def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor, dict]:
+    """Latents with the concept refined for each prompt, and what a row says of the refinements."""
     from concepts.host import lora
     from concepts.host.query import data_of, references_of
     from concepts.host.refine import RefineSession, RefineSettings, refine
@@ -100,7 +109,7 @@ def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor,
     scene = world.references(name, 1, 0)
     picture, mask = (torch.from_numpy(a).float() / 255 for a in arms.arrays(scene))
     texts = [world.reference_caption(s, "<novel>") for s in arms.scenes_of(name, PROMPTS)]
-    rate, done, changes = concept.info["learning_rate"], [], dict(changes)
+    rate, done, parts_of, changes = concept.info["learning_rate"], [], [], dict(changes)
     rate *= changes.pop("part", 1.0)
     with torch.inference_mode():
         references = references_of(parts[2], picture, mask, latents.shape[-2:])
@@ -111,6 +120,7 @@ def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor,
             session = RefineSession(*parts[:2], data, settings, concept)
             session.find = functools.partial(found_once, session, (name, seed, kind, number))
             done.append(refine(session))
+            parts_of.append([] if done[-1].reason else session.measured)
         if kind == "tokens":
             made = draw(parts, parts[0], [d.concept for d in done], texts, noise)
         else:
@@ -120,30 +130,40 @@ def after(name: str, seed: int, kind: str, changes: dict) -> tuple[torch.Tensor,
                     for i, (d, text) in enumerate(zip(done, texts, strict=True))
                 ]
             )
-    return made, sum(len(p.first) for d in done for p in d.pairs), sum(bool(d.reason) for d in done)
+    points, left = sum(len(p.first) for d in done for p in d.pairs), sum(bool(d.reason) for d in done)
+    facts = {"points": points / PROMPTS, "left": left}
+    if "steps" in changes:
+        for key, part in {"SA": "self attention", "CA": "cross attention"}.items():
+            for when, step in {"first": 1, "all": -1}.items():
+                facts[f"{key} fell, {when}"] = [fallen(m, part, step) for m in parts_of]
+    return made, facts
 
 
 def measured(parts, eyes, name: str, seed: int, method: str) -> dict:
     """Fidelity and following per picture."""
     kind, changes = CHANGES[method]
-    made, points, left = (before(name, seed, kind)[1], 0, 0) if changes is None else after(name, seed, kind, changes)
-    with torch.inference_mode():
-        pictures = (parts[2].decode(made) * 255).round().byte().numpy()
+    latents = before(name, seed, kind)[1]
+    made, facts = (latents, {"points": 0, "left": 0}) if changes is None else after(name, seed, kind, changes)
     references, masks = arms.arrays(world.references(name, 8, seed=1))
+
+    def likeness(latents):
+        with torch.inference_mode():
+            pictures = (parts[2].decode(latents) * 255).round().byte().numpy()
+        return pictures, measure.fidelity(eyes, pictures, references, masks)
+
     wanted = [{f: getattr(s, f) for f in ("background", "position", "size")} for s in arms.scenes_of(name, PROMPTS)]
-    return {
-        "fidelity": measure.fidelity(eyes, pictures, references, masks).tolist(),
-        "following": measure.following(eyes, pictures, wanted).tolist(),
-        "points": points / PROMPTS,
-        "left": left,
-    }
+    pictures, found = likeness(made)
+    if "steps" in (changes or {}):
+        facts["own gain"] = (found - likeness(latents)[1]).tolist()
+    following = measure.following(eyes, pictures, wanted)
+    return {"fidelity": found.tolist(), "following": following.tolist(), **facts}
 
 
 def main(options, rest) -> int:
     rows, found = arms.rows_of("per_query", CHANGES, NAMES, rest, measured), {}
     for kind in ("tokens", "LoRA"):
         mine = [m for m in CHANGES if m.startswith(kind)]
-        found |= arms.table(rows, mine, ("fidelity", "following"), kind, ("fidelity", "following"))
+        found |= arms.table(rows, mine, ("fidelity", "following", *TOLD), kind, ("fidelity", "following"))
     points = float(np.mean([r["points"] for r in rows if r["points"]]))
     left = sum(r["left"] for r in rows)
     print(f"{points:.0f} matched points a picture; {left} pictures left as they were")
