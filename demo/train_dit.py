@@ -249,7 +249,7 @@ def build():
     """MODEL and CLIP with fresh weights but for the packed CLIP-L, and the packed autoencoder."""
     from host import toybox, toydit
 
-    from .train import initialise
+    from .train_vae import initialise
 
     _, packed, vae = toybox.load()
     torch.manual_seed(2)
@@ -276,7 +276,7 @@ def drawn(work) -> np.ndarray:
 
 def latents_of(scenes, vae, file: Path) -> torch.Tensor:
     """Latents [n, c, h, w] of drawn scenes, made once."""
-    from .train import encode
+    from .train_vae import encode
 
     if not file.is_file():
         with torch.no_grad():
@@ -295,7 +295,7 @@ def train_dit(work: Path, stage: str, steps: int, packed: Path, pictures: int, b
     from host import toydit
     from host.gradients import safe_residuals
 
-    from .train import sheet
+    from .train_vae import sheet
     from .trainer import Trainer
 
     comfy.model_management.in_training = True  # chooses rope and norm kernels that differentiate

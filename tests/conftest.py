@@ -15,6 +15,9 @@ package = types.ModuleType("concepts")
 package.__path__ = [str(PACK)]
 sys.modules["concepts"] = package
 
+sys.path.append(str(PACK))
+import demo  # noqa: E402, F401 # else pytest knows tests/demo by this name where it comes first
+
 
 def pytest_addoption(parser):
     parser.addoption("--comfyui", default=os.environ.get("COMFYUI_PATH"), help="folder of the ComfyUI to test against")
