@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from .tiny import CORPUS, FAMILIES, clip
+
 
 @pytest.fixture(scope="session")
 def toy(host, tmp_path_factory):
@@ -65,3 +67,22 @@ def mug_set(toy):
             [batch([m for _, m in drawn])],
             [world.reference_caption(s, "{}") for s in scenes],
         )
+
+
+@pytest.fixture(scope="session")
+def words(toy):
+    """A Dictionary of the toy world's words, learned for so long that latents mean something."""
+    from concepts.host import meanings
+    from concepts.host.learn_dictionary import DictionarySettings, learn_dictionary
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(meanings, "NAMED_BY", 150)
+        patch.setattr(meanings, "MEASURED_BY", 40)
+        settings = DictionarySettings("words", k=4, expansion=4, steps=120, batch=512, reuse=8)
+        return learn_dictionary(toy[1], CORPUS, settings).dictionary
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, host):
+    with torch.inference_mode():
+        return clip(request.param)

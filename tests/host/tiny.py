@@ -13,6 +13,11 @@ FAMILIES = ("sd15", "sd2", "sdxl", "sd3", "flux")
 ALIKE = {"sd2": "sd15", "sd3": "flux"}
 """Families whose tests are slow ones where it is the kind of network that matters, which the other has too."""
 KINDS = [pytest.param(f, marks=pytest.mark.slow) if f in ALIKE else f for f in FAMILIES]
+COLOURS = "red|green|blue|yellow|purple|white|black|orange"
+SHAPES = "mug|hat|star|fish|house|tree|key|heart|boat|bottle|moon|bell"
+CORPUS = f"""a photo of a {{{COLOURS}}} {{{SHAPES}}}, {{grass|brick|sky|sand|wood|snow}} background
+a {{small|big}} {{{COLOURS}}} {{striped|dotted|plain}} {{{SHAPES}}} on {{grass|brick|sky|sand|wood|snow}}"""
+"""Lines for dictionaries."""
 
 
 @dataclass
@@ -183,3 +188,9 @@ def tiny(family: str, **kwargs) -> Tiny:
             clip(family),
             torch.randn(channels, 8, 8, generator=torch.Generator().manual_seed(3)),
         )
+
+
+def stock(given, text):
+    """CONDITIONING by the host's own encoding."""
+    with torch.inference_mode():
+        return given.encode_from_tokens_scheduled(given.tokenize(text))
