@@ -32,11 +32,14 @@ METHODS = {
     "SAE + pruning": {"keep": 8},
     "SAE": {"keep": 0},
     "dense, 240 steps": LONGER,
+    "dense + isolation, 240 steps": {"isolation": 1.0, **LONGER},
     "SAE + pruning, 240 steps": {"keep": 8, **LONGER},
 }
 COMPARED = (
     ("SAE + pruning", "SAE"),
     ("dense, 240 steps", "dense"),
+    ("dense + isolation, 240 steps", "dense + isolation"),
+    ("dense + isolation, 240 steps", "dense, 240 steps"),
     ("SAE + pruning, 240 steps", "SAE + pruning"),
     ("SAE + pruning, 240 steps", "dense, 240 steps"),
 )
