@@ -107,7 +107,7 @@ def _largest(p: torch.Tensor, count: int) -> Code:
     wide = torch.promote_types(p.dtype, torch.float32)  # bf16 is slow to sort on a CPU
     best = groups.amax(1).to(wide).topk(count, sorted=False).indices
     values, place = groups.gather(2, best[:, None].expand(-1, size, -1)).reshape(n, -1).to(wide).topk(count)
-    return values, (place // count) * (m // size) + best.gather(1, place % count)
+    return values.to(p.dtype), (place // count) * (m // size) + best.gather(1, place % count)
 
 
 def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
