@@ -18,6 +18,8 @@ from . import judge, world
 PAIRS = 0.5
 """Share of pictures with two objects."""
 CAPTIONS = 4
+TEXTURES = ("dotted", "checkered", "banded"), ("dotted", "checkered"), ("dotted", "checkered")
+"""What the transformer draws badly, by rounds of ``patterns-dit``."""
 POOLED_AWAY = 0.5
 """Share of the pooled vectors that are the empty caption's: it must not take the place of T5's rows."""
 
@@ -33,12 +35,12 @@ def scenes_of(count: int, seed: int) -> list[tuple[world.Scene, ...]]:
     return made
 
 
-def patterned_scenes(count: int, seed: int) -> list[tuple[world.Scene, ...]]:
-    """As ``scenes_of``, but every second picture has one object with a texture the transformer draws badly."""
-    rng, scenes = random.Random(seed), scenes_of(count, seed)
+def patterned_scenes(count: int, number: int) -> list[tuple[world.Scene, ...]]:
+    """As ``scenes_of``, but every second picture has one object with a texture of round ``number``."""
+    rng, scenes = random.Random(13 + number), scenes_of(count, 13 + number)
     for i in range(0, count, 2):
         scene = world.named_scene(rng)
-        pattern = rng.choice(("dotted", "checkered", "banded"))
+        pattern = rng.choice(TEXTURES[number])
         if not world.held_out(scene.shape, scene.colour, pattern):
             scene = world.replace(scene, pattern=pattern)
         scenes[i] = (scene,)
@@ -284,9 +286,10 @@ def latents_of(scenes, vae, file: Path) -> torch.Tensor:
     return torch.load(file, weights_only=True)
 
 
-def train_dit(work: Path, stage: str, steps: int, packed: Path, pictures: int, batch: int) -> Path:
+def train_dit(work: Path, stage: str, steps: int, packed: Path, pictures: int, batch: int, number: int = 0) -> Path:
     """Trains, resumably, ``dit`` from nothing and other stages from ``packed``; a sheet of held-out prompts every
-    thousand steps. ``patterns-dit`` leaves T5 as it is, so that dictionaries of its words stay true.
+    thousand steps. ``patterns-dit`` leaves T5 as it is, so that dictionaries of its words stay true; every round of it,
+    by its ``number``, has pictures of its own.
 
     Returns: the file with the state, for ``pack``.
     """
@@ -296,18 +299,19 @@ def train_dit(work: Path, stage: str, steps: int, packed: Path, pictures: int, b
     from host.gradients import safe_residuals
 
     from .train_vae import sheet
-    from .trainer import Trainer
+    from .trainer import Trainer, half
 
     comfy.model_management.in_training = True  # chooses rope and norm kernels that differentiate
     torch.set_float32_matmul_precision("high")
     device = comfy.model_management.get_torch_device()
     fresh, patterns = stage == "dit", stage == "patterns-dit"
-    scenes = patterned_scenes(pictures, 13) if patterns else scenes_of(pictures, 11 if fresh else 12)
+    name = f"{stage}-{number}" if number else stage
+    scenes = patterned_scenes(pictures, number) if patterns else scenes_of(pictures, 11 if fresh else 12)
     model, clip, vae = build() if fresh else toydit.load(packed)
     vae = vae.first_stage_model.to(device)
     clip.cond_stage_model.to(device)
-    z = latents_of(scenes, vae, work / f"{stage}-latents.pt").to(device)
-    ids, pooled, nothing, empty = texts(scenes, clip, work / f"{stage}-texts.pt")
+    z = latents_of(scenes, vae, work / f"{name}-latents.pt").to(device)
+    ids, pooled, nothing, empty = texts(scenes, clip, work / f"{name}-texts.pt")
     used = torch.cat([ids.flatten().long(), torch.tensor(nothing), toydit.stored(None if fresh else packed)]).unique()
     net = Flow(clip, model, used).to(device)
     if patterns:
@@ -323,7 +327,7 @@ def train_dit(work: Path, stage: str, steps: int, packed: Path, pictures: int, b
         return "_blocks." in name and name.endswith("weight") and "norm" not in name
 
     rate = 2e-3 if fresh else 1e-3
-    trainer = Trainer(stage, {"net": net, "heads": heads}, work, steps, rate, orthogonal=orthogonal)
+    trainer = Trainer(name, {"net": net, "heads": heads}, work, steps, rate, orthogonal=orthogonal)
     region, nothing = weights_around_objects(scenes).to(device), torch.tensor(nothing, dtype=torch.int32)
 
     def loss_of(step, g):
@@ -340,8 +344,10 @@ def train_dit(work: Path, stage: str, steps: int, packed: Path, pictures: int, b
         clean = z[pick]
         x = torch.lerp(clean, noise, level.view(-1, 1, 1, 1))
         seen.clear()
-        error = (net.velocity(x, level, net.context(words), vectors.to(device)) - (noise - clean)).square()
-        return (error * region[pick]).mean() + 0.05 * heads(seen[-1], labels[pick])
+        with half():
+            found = net.velocity(x, level, net.context(words), vectors.to(device))
+        error = (found.float() - (noise - clean)).square()
+        return (error * region[pick]).mean() + 0.05 * heads(seen[-1].float(), labels[pick])
 
     rng = random.Random(5)
     shown = [world.pair(rng, True) if i % 3 else (world.named_scene(rng, True),) for i in range(24)]
@@ -359,7 +365,7 @@ def train_dit(work: Path, stage: str, steps: int, packed: Path, pictures: int, b
         for now, then in zip(levels[:-1], levels[1:], strict=True):
             plain, some = net.velocity(torch.cat([x, x]), now.expand(2 * count), context, both).chunk(2)
             x = x + (then - now) * (plain + 3.0 * (some - plain))
-        sheet(vae.decode(x), 8, work / f"{stage}-{trainer.step:05d}.png")
+        sheet(vae.decode(x), 8, work / f"{name}-{trainer.step:05d}.png")
 
     with safe_residuals(net.t5, net.dit):
         trainer.run(loss_of, report, every=250)

@@ -72,6 +72,18 @@ def test_training_pictures_hold_one_or_two_objects():
     assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_second_picture_of_a_round_has_one_object_mostly_of_its_textures(number):
+    from concepts.demo import train_dit, world
+
+    scenes = train_dit.patterned_scenes(200, number)
+    half = [one for (one,) in scenes[::2]]
+    assert sum(s.pattern in train_dit.TEXTURES[number] for s in half) > 70
+    named = [s for both in scenes for s in both if s.shape in world.SHAPES]
+    assert not any(world.held_out(s.shape, s.colour, s.pattern) for s in named)
+    assert scenes != train_dit.patterned_scenes(200, (number + 1) % 3)
+
+
 def test_missing_weights_say_how_to_get_them(host, tmp_path):
     from concepts.host import toydit
 
