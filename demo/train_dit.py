@@ -18,8 +18,8 @@ from . import judge, world
 PAIRS = 0.5
 """Share of pictures with two objects."""
 CAPTIONS = 4
-TEXTURES = ("dotted", "checkered", "banded"), ("dotted", "checkered"), ("dotted", "checkered")
-"""What the transformer draws badly, by rounds of ``patterns-dit``."""
+TEXTURES = ("dotted", "checkered", "banded"), ("dotted", "checkered")
+"""What the transformer draws badly, in the first round of ``patterns-dit`` and in later ones."""
 POOLED_AWAY = 0.5
 """Share of the pooled vectors that are the empty caption's: it must not take the place of T5's rows."""
 
@@ -40,7 +40,7 @@ def patterned_scenes(count: int, number: int) -> list[tuple[world.Scene, ...]]:
     rng, scenes = random.Random(13 + number), scenes_of(count, 13 + number)
     for i in range(0, count, 2):
         scene = world.named_scene(rng)
-        pattern = rng.choice(TEXTURES[number])
+        pattern = rng.choice(TEXTURES[min(number, 1)])
         if not world.held_out(scene.shape, scene.colour, pattern):
             scene = world.replace(scene, pattern=pattern)
         scenes[i] = (scene,)
