@@ -41,6 +41,11 @@ def shares(maps: dict, mask) -> tuple[float, float]:
     return inside, total
 
 
+def even(name: str) -> float:
+    """What ``outside`` would be for attention that is the same everywhere."""
+    return 1 - float(arms.arrays(world.references(name, 8, seed=1))[1].mean()) / 255
+
+
 def outside(parts, name: str, word: str, *concepts) -> list[float]:
     """Per picture the share of the word's attention outside the object, over all layers and noise levels."""
     from concepts.host.show import look
@@ -97,5 +102,5 @@ def table(rows: list[dict]) -> dict:
 
 def main(options, rest) -> int:
     rows = arms.rows_of("kv", METHODS, NAMES, rest, measured)
-    arms.report("kv", table(rows), settings=SETTINGS, methods=METHODS)
+    arms.report("kv", table(rows), settings=SETTINGS, methods=METHODS, even=sum(map(even, NAMES)) / len(NAMES))
     return 0
