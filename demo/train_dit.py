@@ -47,9 +47,9 @@ def patterned_scenes(count: int, number: int) -> list[tuple[world.Scene, ...]]:
     return scenes
 
 
-def said(scenes: tuple[world.Scene, ...], rng: random.Random, full: bool = False) -> str:
-    """A caption of one or two objects."""
-    return world.caption(scenes[0], rng, full) if len(scenes) == 1 else world.pair_caption(scenes, rng, full)
+def said(scenes: tuple[world.Scene, ...], rng: random.Random, **how: bool) -> str:
+    """A caption of one or two objects; ``how`` as ``world.caption`` has it."""
+    return world.caption(scenes[0], rng, **how) if len(scenes) == 1 else world.pair_caption(scenes, rng, **how)
 
 
 class Flow(torch.nn.Module):
@@ -91,11 +91,12 @@ def tokenizer():
 
 
 def tokens_of(work) -> list[list[tuple[list[int], list]]]:
-    """Per scene CAPTIONS pairs of T5's and CLIP's ids."""
+    """Per scene CAPTIONS pairs of T5's and CLIP's ids; the first says everything, the second nothing of looks."""
     made, (first, scenes) = [], work
     for number, scene in enumerate(scenes, first):
         rng = random.Random(f"caption/{number}")
-        both = [tokenizer().tokenize_with_weights(said(scene, rng, full=i == 0)) for i in range(CAPTIONS)]
+        texts = [said(scene, rng, full=i == 0, bare=i == 1) for i in range(CAPTIONS)]
+        both = [tokenizer().tokenize_with_weights(text) for text in texts]
         made.append([([t for t, _ in b["t5xxl"][0]], [t for t, _ in b["l"][0]]) for b in both])
     return made
 

@@ -101,13 +101,14 @@ def pair(rng: random.Random, hold: bool | None = False) -> tuple[Scene, Scene]:
     return left, replace(right, background=left.background)
 
 
-def pair_caption(scenes: tuple[Scene, Scene], rng: random.Random, full: bool = False) -> str:
-    """A sentence about both objects; words may be left out unless ``full``, and so may the places."""
+def pair_caption(scenes: tuple[Scene, Scene], rng: random.Random, full: bool = False, bare: bool = False) -> str:
+    """A sentence about both objects; words may be left out unless ``full``, so may the places; ``bare``: no looks."""
     keep = (lambda p: True) if full else (lambda p: rng.random() < p)
     said = []
     for scene in scenes:
         pattern = scene.pattern if keep(0.9) and (scene.pattern != "plain" or keep(0.3)) else ""
-        noun = " ".join(filter(None, [scene.colour if keep(0.9) else "", pattern, scene.shape]))
+        looks = [] if bare else filter(None, [scene.colour if keep(0.9) else "", pattern])
+        noun = " ".join([*looks, scene.shape])
         said.append(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}")
     ground, placed, form = scenes[0].background if keep(0.9) else "", keep(0.8), rng.randrange(3)
     if placed:
@@ -149,13 +150,17 @@ def marked_captions(scenes: tuple[Scene, Scene]) -> str:
     return "\n".join(form.format(*nouns, ground) for form in forms)
 
 
-def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
-    """A sentence about the scene; factors may be left out unless ``full``, and the word order varies."""
+def caption(scene: Scene, rng: random.Random, full: bool = False, bare: bool = False) -> str:
+    """A sentence about the scene; factors may be left out unless ``full``, and the word order varies.
+
+    ``bare``: nothing of colour, pattern and size, and the place half as often, as prompts with learned words have it.
+    """
     keep = (lambda p: True) if full else (lambda p: rng.random() < p)
     looks = [scene.colour] if keep(0.9) else []
     if scene.pattern != "plain" or keep(0.3):
         looks = looks + [scene.pattern] if keep(0.9) else looks
     size = [scene.size] if keep(0.7) else []
+    looks, size = ([], []) if bare else (looks, size)
     extra = [w for w in scene.words if keep(0.8)]
     adjectives, tail = [w for w in extra if " b" not in w], [w for w in extra if " b" in w]
     if rng.random() < 0.3:
@@ -166,7 +171,7 @@ def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
     article = "an" if noun[0] in "aeiou" else "a"
     where = {"left": "on the left", "center": "in the center", "right": "on the right"}[scene.position]
     place = [scene.background] if keep(0.9) else []
-    spot = [where] if keep(0.8) else []
+    spot = [where] if keep(0.4 if bare else 0.8) else []
     form = rng.randrange(4)
     if form == 0:
         return ", ".join([f"a photo of {article} {noun}", *spot, *(f"{p} background" for p in place)])

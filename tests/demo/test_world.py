@@ -36,6 +36,16 @@ def test_full_caption_names_every_factor():
         assert all(getattr(scene, name) in said for name in world.FACTORS), said
 
 
+def test_bare_captions_name_objects_and_nothing_of_their_looks():
+    looks, rng = {*world.COLOURS, *world.PATTERNS, *world.SIZES}, random.Random(7)
+    for _ in range(100):
+        both = world.pair(rng)
+        alone = world.caption(both[0], rng, bare=True)
+        for text, scenes in ((alone, both[:1]), (world.pair_caption(both, rng, bare=True), both)):
+            said = set(text.replace(",", "").split())
+            assert {s.shape for s in scenes} <= said and not said & looks, text
+
+
 def test_captions_vary():
     scene = world.named_scene(random.Random(1))
     assert len({world.caption(scene, random.Random(i)) for i in range(200)}) > 50
