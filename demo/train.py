@@ -8,7 +8,8 @@ diffusion transformer on the packed autoencoder; ``all`` leaves them out. Workin
 hours: VAE 50 minutes, decoder 12, denoiser 100 (0.43 s a step on an otherwise idle machine), polish 50. The transformer
 wants a GPU: ``dit --gpu``, then ``polish-dit --gpu --dit-steps 1600 --dit-pictures 12000``. The rounds of
 ``patterns-dit``, each with ``--dit-batch 64``, are for the two cores: 2,800 steps on 16,000 pictures take 100 minutes,
-``--dit-round 1`` 2,000 on as many 30, and ``--dit-round 2`` 7,500 on 32,000 an hour where the processor has bf16 units.
+``--dit-round 1`` 2,000 on as many 30, and rounds 2 and 3 7,500 and 6,500 on 32,000 an hour each where the processor
+has bf16 units.
 """
 
 import argparse
