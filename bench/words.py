@@ -5,8 +5,9 @@ learned from it: both nouns, and "background". Then each word stands alone in ne
 and pattern, or its ground (carried; in the table also by nouns and by ground), how often something of the picture's
 other words comes along (leaked), and whether what the prompt names is there (following). Mixtures take nouns and ground
 from two and from three pictures. A fifth row draws the same prompts with plain words. Every finished run is kept in
-results/words.jsonl.
-``nox -s bench -- words [SEEDS] [PICTURE ...]``; ``words dictionary`` writes the pack's example of a dictionary.
+results/words.jsonl, beside those of earlier weights.
+``nox -s bench -- words [SEEDS] [PICTURE ...]``, 0 seeds report the kept rows; ``words dictionary`` writes the pack's
+example of a dictionary.
 """
 
 import functools
