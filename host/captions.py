@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from .concept_set import ConceptSet
-from .text import NAMED, encoders, end_to_end, even, ready, variant, with_rows
+from .text import NAMED, encode_many, encoders, end_to_end, even, ready, variant, with_rows
 from .variants import Grid, with_contexts
 from .words import CAPTION, unmarked
 
@@ -65,20 +65,30 @@ class Prompts:
 
     def encode(self, index: int, rows: Rows) -> list:
         """Host conditioning [cond, extras] of caption ``index`` with ``rows`` (mark -> encoder key -> [n, width])."""
-        return self._encoded([self._tokens(index, rows)])
+        return self.encode_all(index, [rows])[1]
 
     def encode_all(self, index: int, variants: list[Rows]) -> tuple[torch.Tensor, list]:
-        """Caption ``index`` with each of several rows in one pass, for encoders that lay chunks end to end (UNets').
+        """Caption ``index`` with each of several rows.
 
         Returns: contexts [variants, tokens, width], and the conditioning entry of the first.
         """
-        many = [self._tokens(index, rows) for rows in variants]
-        if not even(many[0]):
-            entries = [self._encoded([tokens]) for tokens in many]
-            return torch.cat([cond for cond, _ in entries]), entries[0]
-        cond, extra = self._encoded(many)
-        contexts = cond.reshape(len(variants), -1, cond.shape[-1])
-        return contexts, [contexts[:1], extra]
+        return self.encode_groups([(index, variants)])[0]
+
+    def encode_groups(self, groups: list[tuple[int, list[Rows]]]) -> list[tuple[torch.Tensor, list]]:
+        """As ``encode_all`` for several captions, in one pass of each encoder where it lays chunks end to end."""
+        asked, counts = [], []
+        for index, variants in groups:
+            many = [self._tokens(index, rows) for rows in variants]
+            asked.append([end_to_end(many)] if even(many[0]) else many)
+            counts.append(len(variants))
+        encoded = iter(encode_many(self.clip, [tokens for joined in asked for tokens in joined]))
+        found = []
+        for joined, count in zip(asked, counts, strict=True):
+            own = [next(encoded) for _ in joined]
+            contexts = torch.cat([cond for cond, _ in own]) if len(own) > 1 else own[0][0]
+            contexts = contexts.reshape(count, -1, contexts.shape[-1])
+            found.append((contexts, [contexts[:1], own[0][1]]))
+        return found
 
     def _tokens(self, index: int, rows: Rows) -> dict:
         def current(slot, token):
@@ -91,10 +101,6 @@ class Prompts:
             slot: [[(current(slot, token), *rest) for token, *rest in chunk] for chunk in chunks]
             for slot, chunks in self.tokens[index].items()
         }
-
-    def _encoded(self, many: list[dict]) -> list:
-        cond, pooled, *extra = self.clip.cond_stage_model.encode_token_weights(end_to_end(many))
-        return [cond, {"pooled_output": pooled, **(extra[0] if extra else {})}]
 
     def conditions(
         self,
@@ -112,21 +118,16 @@ class Prompts:
         Returns: host conditioning entries, one per sample, and a change of ``transformer_options`` for
         ``Denoiser``, or None when all layers see the same.
         """
-        encoded = {} if kept is None else kept
-        for text, stage in dict.fromkeys(zip(texts, stages.tolist(), strict=True)):
-            if (text, stage) in encoded:
-                continue
-            numbers = grid.index[stage].flatten().unique().tolist()
-            many = [
-                {"": {k: variant(v, grid.cells[number][0]) for k, v in rows.items()}, **(others or {})}
-                for number in numbers
-            ]
-            if len(many) == 1:
-                entry = self.encode(text, many[0])
-                contexts = entry[0]
-            else:
-                contexts, entry = self.encode_all(text, many)
-            encoded[text, stage] = entry, dict(zip(numbers, contexts, strict=len(many) > 1))
+        encoded, wanted = {} if kept is None else kept, {}
+        for text, stage in zip(texts, stages.tolist(), strict=True):
+            if (text, stage) not in encoded:
+                wanted[text, stage] = grid.index[stage].flatten().unique().tolist()
+        groups = [
+            (text, [{"": {k: variant(v, grid.cells[n][0]) for k, v in rows.items()}, **(others or {})} for n in numbers])
+            for (text, _), numbers in wanted.items()
+        ]
+        for (key, numbers), (contexts, entry) in zip(wanted.items(), self.encode_groups(groups), strict=True):
+            encoded[key] = entry, dict(zip(numbers, contexts, strict=True))
         samples = [encoded[key] for key in zip(texts, stages.tolist(), strict=True)]
         entries = [entry for entry, _ in samples]
         if not grid.needs_cross_attention:

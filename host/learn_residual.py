@@ -194,7 +194,8 @@ class ResidualSession(Session):
 
     def condition(self, parameters, pictures, captions, sigma):
         """The target with each picture's residual."""
-        return [self.prompts.encode(BOTH, self._rows(parameters, i)) for i in pictures], None
+        asked = [(BOTH, [self._rows(parameters, i)]) for i in pictures]
+        return [entry for _, entry in self.prompts.encode_groups(asked)], None
 
     def watched(self):
         return self.prompts.tokens[BOTH]
@@ -208,10 +209,11 @@ class ResidualSession(Session):
         s, d, other = self.settings, self.denoiser, self.exclusion
         clean = torch.cat([self.clean[i] for i in pictures])
         x, sigma = other.noised(clean, when, draw)
-        entries, _ = self.condition(parameters, pictures, captions, sigma)
+        asked = [(prompt, [self._rows(parameters, i)]) for prompt in (BOTH, ALONE) for i in pictures]
+        encoded = [entry for _, entry in self.prompts.encode_groups(asked)]
+        entries, residuals = encoded[: len(pictures)], encoded[len(pictures) :]
         groups: dict[tuple, list[Anchor]] = {clean.shape[1:]: []}
-        for picture in pictures:
-            alone = self.prompts.encode(ALONE, self._rows(parameters, picture))
+        for picture, alone in zip(pictures, residuals, strict=True):
             for anchor in other.anchors(picture, draw):
                 groups.setdefault(self.clean[anchor].shape[1:], []).append(other.anchor(anchor, alone, draw))
         own = groups[clean.shape[1:]]

@@ -1,10 +1,11 @@
 """Text encoders of a connected CLIP: their vocabularies, and learned rows that take the place of words
 (comfy/sd1_clip.py)."""
 
+import contextlib
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -223,6 +224,70 @@ def _sizes(concept: Concept) -> str:
 
 def widths(found: list[Encoder]) -> str:
     return ", ".join(f"{e.key} ({e.width})" for e in found)
+
+
+class _Asked(Exception):
+    """What an encoder would be given."""
+
+
+@contextlib.contextmanager
+def _encoding(found: list[Encoder], as_instead: Callable):
+    """Puts ``as_instead(encoder)`` in the place of what runs each encoder (comfy/sd1_clip.py ``encode``)."""
+    for encoder in found:
+        encoder.model.encode = as_instead(encoder)
+    try:
+        yield
+    finally:
+        for encoder in found:
+            del encoder.model.encode
+
+
+def encode_many(clip, many: list[dict]) -> list[list]:
+    """Host conditionings [cond, extras] of token dicts, differentiably, each as the host's own route makes it.
+
+    Encoders run once for all of those whose chunks are of one length.
+    """
+    model, found = clip.cond_stage_model, encoders(clip)
+
+    def asked(encoder: Encoder, tokens: dict) -> list:
+        """The chunks that the encoder would run on, with what the host adds."""
+        try:
+            encoder.model.encode_token_weights(tokens[encoder.slot])
+        except _Asked as given:
+            return given.args[0]
+        return []
+
+    def ask(_):
+        def refuse(chunks):
+            raise _Asked(chunks)
+
+        return refuse
+
+    answers = {}
+    if len(many) > 1:
+        with _encoding(found, ask):
+            chunks = {e.slot: [asked(e, tokens) for tokens in many] for e in found}
+        for e in found:
+            if all(chunks[e.slot]) and len({len(chunk) for own in chunks[e.slot] for chunk in own}) == 1:
+                whole = e.model.encode([chunk for own in chunks[e.slot] for chunk in own])
+                answers[e.slot] = iter(_shared(whole, [len(own) for own in chunks[e.slot]]))
+    entries = []
+    with _encoding([e for e in found if e.slot in answers], lambda e: lambda _: next(answers[e.slot])):
+        for tokens in many:
+            cond, pooled, *extra = model.encode_token_weights(tokens)
+            entries.append([cond, {"pooled_output": pooled, **(extra[0] if extra else {})}])
+    return entries
+
+
+def _shared(whole: tuple, counts: list[int]) -> list[tuple]:
+    """What an encoder gave for all chunks together, as it would have given it for each of ``counts`` in turn."""
+    out, pooled, *extra = whole
+    parts = [out.split(counts), [None] * len(counts) if pooled is None else pooled.split(counts)]
+    if extra:
+        split = {k: v.split(counts) if torch.is_tensor(v) else [v] * len(counts) for k, v in extra[0].items()}
+        parts.append([{k: v[n] for k, v in split.items()} for n in range(len(counts))])
+    # weights of words are written into the rows, and what was split must not be written to
+    return [(one.clone(), *rest) for one, *rest in zip(*parts, strict=True)]
 
 
 def end_to_end(many: list[dict]) -> dict:

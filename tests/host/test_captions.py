@@ -1,8 +1,10 @@
 """Captions with marked words, for one picture and for several."""
 
 import pytest
+import torch
 
 from .test_learn_modulation import pictures
+from .tiny import FAMILIES, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -31,3 +33,45 @@ def test_captions_that_cannot_be_learned_are_refused(text, count, message):
 
     with pytest.raises(ValueError, match=message):
         marked_captions(text, pictures(count))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captions_encoded_together_are_as_each_alone(family, monkeypatch):
+    """Contexts, pooled vectors and gradients, with weights on words; every encoder runs once."""
+    from concepts.host.captions import Prompts
+    from concepts.host.gradients import training
+    from concepts.host.text import encoders
+
+    made, runs = tiny(family), []
+    with training(made.model, made.clip.patcher):
+        found = encoders(made.clip)
+        draw = torch.Generator().manual_seed(0)
+        rows = [{e.key: torch.randn(2, e.width, generator=draw).requires_grad_() for e in found} for _ in range(2)]
+        texts = ["a photo of {}", "a (red:1.4) {} on grass"]
+        prompts = Prompts(made.clip, texts, "thing", {"": dict.fromkeys(rows[0], 2)})
+        prompts.ready()
+        groups = [(0, [{"": rows[0]}]), (1, [{"": rows[1]}, {"": rows[0]}]), (1, [{"": rows[0]}])]
+
+        def gradients(entries):
+            total = sum((n + 1) * (e[0].square().mean() + _of(e[1])) for n, e in enumerate(entries))
+            return torch.autograd.grad(total, [r for one in rows for r in one.values()])
+
+        def _of(extra):
+            return 0 if extra["pooled_output"] is None else extra["pooled_output"].square().mean()
+
+        for encoder in found:
+            forward = encoder.model.transformer.forward
+            monkeypatch.setattr(
+                encoder.model.transformer,
+                "forward",
+                lambda *a, _own=forward, _key=encoder.key, **k: runs.append(_key) or _own(*a, **k),
+            )
+        together = prompts.encode_groups(groups)
+        assert sorted(runs) == sorted(e.key for e in found)
+        alone = [prompts.encode_all(index, variants) for index, variants in groups]
+        for (contexts, entry), (own, other) in zip(together, alone, strict=True):
+            torch.testing.assert_close(contexts, own, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(entry[1], other[1], rtol=1e-4, atol=1e-5)
+        pairs = zip(gradients([e for _, e in together]), gradients([e for _, e in alone]), strict=True)
+        assert all(float((a - b).norm() / b.norm()) < 1e-4 for a, b in pairs)
+    assert not any("encode" in vars(e.model) for e in found)

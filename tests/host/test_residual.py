@@ -143,24 +143,24 @@ def test_the_empty_prompt_gets_no_gradient_and_is_encoded_once(toy, mug_set, mon
     from concepts.host.denoise import Denoiser
     from concepts.host.gradients import training
 
-    encoded, calls, stock, model = [], [], Prompts.encode, Denoiser.__call__
+    encoded, calls, stock, model = [], [], Prompts.encode_groups, Denoiser.__call__
 
-    def encode(self, index, rows):
-        encoded.append(index)
-        return stock(self, index, rows)
+    def encode(self, groups):
+        encoded.append([index for index, _ in groups])
+        return stock(self, groups)
 
     def call(self, x, *args):
         calls.append((len(x), torch.is_grad_enabled()))
         return model(self, x, *args)
 
-    monkeypatch.setattr(Prompts, "encode", encode)
+    monkeypatch.setattr(Prompts, "encode_groups", encode)
     monkeypatch.setattr(Denoiser, "__call__", call)
     with training(toy[0], toy[1].patcher):
         made = session(toy, mug_set)
         made.begin()
         for step in range(3):
             made.step_loss(made.parameters, step, 0)
-    assert encoded == [2] + 3 * [0, 1], "two prompts a step, and the empty one once"
+    assert encoded == [[2]] + 3 * [[0, 1]], "two prompts a step, together, and the empty one once"
     assert calls == 3 * [(4, True), (3, False)], "one pass that learns, one that does not"
 
 
