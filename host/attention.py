@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from ..carriers.errors import CarrierMismatch
-from ..kernels.attention import attend, attention_columns
+from ..kernels.attention import attend, attention_columns, split_heads
+from ..kernels.flash import joint, usable
+from .denoise import attention
 
 LAYERS = ("half", "quarter", "all")
 """Which maps: those of half or a quarter of the latent's side, or all."""
@@ -126,6 +128,8 @@ class JointTap:
 
     def __init__(self, columns: torch.Tensor, size: tuple[int, int]):
         self.columns, self.size, self.records = columns, size, {}
+        self.chosen = columns.abs().sum((0, 2)).nonzero()[:, 0]
+        self.weights = columns[:, self.chosen]
 
     def take(self) -> dict[Layer, torch.Tensor]:
         """What was recorded. Raises: CarrierMismatch when text and picture were not attended to together."""
@@ -141,18 +145,23 @@ class JointTap:
         """``transformer_options`` of the call that is looked at."""
         self.records = records = {}
         text, pixels = self.columns.shape[1], self.size[0] * self.size[1]
+        own = options.get("optimized_attention_override") in (None, attention)
 
         def override(run, q, k, v, heads, mask, kwargs):
-            split = kwargs.get("skip_reshape", False)
+            split, out = kwargs.get("skip_reshape", False), None
             if q.shape[2 if split else 1] == text + pixels:
-                flat = [x.transpose(1, 2).flatten(2) if split else x for x in (q, k)]
-                columns = F.pad(self.columns, (0, 0, 0, pixels))
-                seen = attention_columns(flat[0][:, text:], flat[1], heads, columns.to(q.device))
+                apart = (q, k, v) if split else [split_heads(x, heads) for x in (q, k, v)]
+                if own and mask is None and not kwargs.get("skip_output_reshape") and usable(*apart):
+                    out, seen = joint(*apart, self.chosen.to(q.device), self.weights.to(q.device), text)
+                else:
+                    flat = [x.transpose(1, 2).flatten(2) if split else x for x in (q, k)]
+                    columns = F.pad(self.columns, (0, 0, 0, pixels)).to(q.device)
+                    seen = attention_columns(flat[0][:, text:], flat[1], heads, columns)
                 if self.records is records:  # taken: the backward pass recomputes this block, and saves what it saved
                     here = kwargs.get("transformer_options") or {}
                     kind, number = here.get("block_type", "joint"), len(records)
                     records[Layer(f"{kind}.{here.get('block_index', number)}", number, 2, *self.size)] = seen
-            return run(k)
+            return run(k) if out is None else out
 
         return _overridden(options, override)
 

@@ -46,7 +46,7 @@ def noise_time(sampling, sigma: torch.Tensor) -> torch.Tensor:
     return (sigma[:, None].clamp_min(1e-20).log() - table.log()).abs().argmin(1) / len(table)
 
 
-def _attention(chosen, q, *args, **kwargs):
+def attention(chosen, q, *args, **kwargs):
     """What the host chooses on CPUs (sub-quadratic, attention.py) is slower in fp32 than torch's fused product, and
     keeps whole score matrices for learning; in bf16 it is the other way round."""
     return (attention_pytorch if q.dtype == torch.float32 else chosen)(q, *args, **kwargs)
@@ -66,7 +66,7 @@ class Denoiser:
                 options.setdefault("wrappers", {}), patcher.wrappers, copy_dict1=False
             )
         if comfy.model_management.is_device_cpu(self.device):
-            options.setdefault("optimized_attention_override", _attention)
+            options.setdefault("optimized_attention_override", attention)
         self.options = options
 
     def clean(self, latents: torch.Tensor) -> torch.Tensor:

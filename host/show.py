@@ -115,7 +115,7 @@ def looked_at(image, vae, latent: dict | None) -> tuple[torch.Tensor, torch.Tens
 
 def tap_of(model, columns: torch.Tensor, latent: torch.Tensor) -> AttentionTap | JointTap:
     """What records the maps of ``columns`` [1 or b, m, c] for latents [b, c, h, w] of this model, differentiably."""
-    network = model.model.diffusion_model
+    network, columns = model.model.diffusion_model, columns.to(latent.device)
     if layers_of(network):
         return AttentionTap(maps_of(columns, follow_queries=True))
     patch = int(network.patch_size)

@@ -27,13 +27,14 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """fp32, or what is wider already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _softmax(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Probabilities [b, h, n, m] of queries [b, h, n, d] over keys [b, h, m, d]."""
-    return (_wide(q) * q.shape[-1] ** -0.5 @ _wide(k).transpose(-1, -2)).softmax(-1)
+    return (widened(q) * q.shape[-1] ** -0.5 @ widened(k).transpose(-1, -2)).softmax(-1)
 
 
 def fused(q, k, v, columns):
@@ -46,7 +47,7 @@ def fused(q, k, v, columns):
     given = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, both))
     found = F.scaled_dot_product_attention(*given, scale=q.shape[-1] ** -0.5)
     out, maps, _ = found.split([v.shape[-1], columns.shape[-1], width - both.shape[-1]], -1)
-    return out.contiguous(), _wide(maps).mean(1)
+    return out.contiguous(), widened(maps).mean(1)
 
 
 def _pieces(q, k, v, columns, more: int):
@@ -58,7 +59,8 @@ def _pieces(q, k, v, columns, more: int):
     """
     (heads, queries, d), count = q.shape[1:], k.shape[2]
     m = -(-count // VECTOR) * VECTOR
-    keys, values, columns = (F.pad(_wide(x), (0, 0, 0, m - count)) for x in (k, v, columns))
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    keys, values, columns = (F.pad(x.to(dtype), (0, 0, 0, m - count)) for x in (k, v, columns))
     keys, columns = keys * d**-0.5, columns.expand(len(q), -1, -1)
     most = CACHED if q.device.type == "cpu" else PIECE
     step = max(1, min(queries, most // max(1, heads * m)))
@@ -66,7 +68,7 @@ def _pieces(q, k, v, columns, more: int):
     for sample in range(len(q)):
         for start in range(0, queries, step):
             which = slice(start, min(start + step, queries))
-            part = _wide(q[sample, :, which])
+            part = widened(q[sample, :, which])
             p, scores, *others = room[:, : heads * part.shape[1] * m].view(len(room), heads, -1, m)
             torch.bmm(part, keys[sample].mT, out=scores)[..., count:] = -torch.inf
             torch.softmax(scores, -1, out=p)
@@ -81,7 +83,7 @@ class _Attend(torch.autograd.Function):
         if q.device.type != "cpu" or k.shape[2] > TEXT:
             return fused(q, k, v, columns)
         out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
-        maps = _wide(q).new_empty(len(q), q.shape[2], columns.shape[-1])
+        maps = widened(q).new_empty(len(q), q.shape[2], columns.shape[-1])
         for sample, which, _, _, values, own, p, _ in _pieces(q, k, v, columns, 1):
             out[sample, :, which] = torch.bmm(p, values)
             maps[sample, which] = p.mean(0) @ own
@@ -91,13 +93,13 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, from_out, from_maps):
         q, k, v, columns = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(widened(k)), torch.zeros_like(widened(v))
 
         def slope(gradient, p, out):
             return torch.ops.aten._softmax_backward_data.out(gradient, p, -1, p.dtype, grad_input=out)
 
         for sample, which, part, keys, values, own, p, through, found in _pieces(q, k, v, columns, 2):
-            out = _wide(from_out[sample, :, which])
+            out = widened(from_out[sample, :, which])
             dv[sample] += torch.bmm(p.mT, out)[:, : k.shape[2]]
             torch.bmm(out, values.mT, out=through)
             if not ctx.follow:
@@ -134,7 +136,7 @@ def _difference(q, k, reference, columns, of_reference, kind):
         own, other = (c.transpose(-1, -2)[:, None] for c in (columns, of_reference))
         own = own / own.sum(-1, keepdim=True).clamp_min(1e-8)
         other = other / other.sum(-1, keepdim=True).clamp_min(1e-8)
-        gap = _wide(q) @ (own.to(_wide(k)) @ _wide(k) - other.to(_wide(k)) @ _wide(reference)).transpose(-1, -2)
+        gap = widened(q) @ (own.to(widened(k)) @ widened(k) - other.to(widened(k)) @ widened(reference)).transpose(-1, -2)
         count = (columns.sum(1) > 0).sum().clamp_min(1) * q.shape[0] // columns.shape[0]
         return (gap * q.shape[-1] ** -0.5).square().sum() / (count * q.shape[1] * q.shape[2])
     ours, theirs = _softmax(q, k), _softmax(q, reference)

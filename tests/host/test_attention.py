@@ -246,3 +246,45 @@ def test_sampling_is_unchanged_afterwards(unet):
     before = sample(unet, prompt(unet, "a mug"))
     run(unet, conditioned(unet)[0], AttentionTap(maps_of(eye())).change)
     assert torch.equal(sample(unet, prompt(unet, "a mug")), before)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_joint_maps_are_the_same_out_of_the_attention_and_beside_it(family, checkpointing, monkeypatch):
+    """Where torch has no such kernel, and where the user's own attention must stay, maps have a product of their own."""
+    import comfy.ldm.modules.attention as stock
+
+    import concepts.host.attention as host
+
+    made, own = tiny(family), []
+    entry, context = conditioned(made)
+    columns = eye(context.shape[1], 3)
+    weights = torch.randn(3, generator=torch.Generator().manual_seed(3))
+
+    def gradient():
+        tap = host.JointTap(columns, tuple(side // 2 for side in made.latent.shape[-2:]))
+
+        def both(out):
+            return out.square().mean() + sum((seen.mean((0, 1)) * weights).sum() for seen in tap.take().values())
+
+        context.grad = None
+        out = run(made, entry, tap.change, checkpointing, both)
+        return out, context.grad.clone()
+
+    def override(func, *args, **kwargs):
+        own.append(func)
+        return stock.attention_basic(*args, **kwargs)
+
+    found = gradient()
+    with monkeypatch.context() as patched:
+        patched.setattr(host, "usable", lambda *x: False)
+        beside = gradient()
+    options = made.model.model_options.setdefault("transformer_options", {})
+    options["optimized_attention_override"] = override
+    try:
+        theirs = gradient()
+    finally:
+        del options["optimized_attention_override"]
+    assert own, "the user's attention was asked"
+    for other in (beside, theirs):
+        assert all(apart(a, b) < 1e-4 for a, b in zip(found, other, strict=True))
