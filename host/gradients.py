@@ -134,6 +134,23 @@ def checkpointed(*modules: torch.nn.Module):
 
 
 @contextlib.contextmanager
+def quick_products(*modules: torch.nn.Module):
+    """Lets CUDA multiply fp32 as TF32 if all matrices of ``modules`` have 16 bits or fewer, which that holds exactly.
+
+    Text encoders compute in fp32 whatever their weights are (sd1_clip.py), and without tensor cores T5 takes longer
+    than a pass of Flux.
+    """
+    backend = torch.backends.cuda.matmul
+    kept = backend.allow_tf32
+    matrices = (part.weight for module in modules for part in module.modules() if isinstance(part, torch.nn.Linear))
+    backend.allow_tf32 = kept or all(weight is None or weight.element_size() <= 2 for weight in matrices)
+    try:
+        yield
+    finally:
+        backend.allow_tf32 = kept
+
+
+@contextlib.contextmanager
 def training(*patchers, checkpointing: bool = False, memory: float = 0):
     """Autograd for the body of a node: ``with training(model, clip.patcher): ...``.
 
@@ -161,6 +178,8 @@ def training(*patchers, checkpointing: bool = False, memory: float = 0):
         learned = [p for patcher in plain for p in _frozen(patcher)]
         stack.callback(lambda: [p.requires_grad_(True) for p in learned])
         stack.enter_context(safe_residuals(*modules))
+        if all(patcher.load_device.type == "cuda" for patcher in plain):
+            stack.enter_context(quick_products(*modules))
         if checkpointing:
             stack.enter_context(checkpointed(*modules))
         if hasattr(management, "in_training"):

@@ -161,3 +161,18 @@ def test_encoders_are_recomputed(family):
         found.append((sum(kept), {k: v.grad for k, v in rows.items()}))
     (whole, plain), (less, recomputed) = found
     assert relative(recomputed, plain) < 1e-5 and less < 0.5 * whole
+
+
+def test_products_are_quick_where_all_matrices_have_16_bits():
+    from concepts.host.gradients import quick_products
+
+    def quick(*modules):
+        with quick_products(*modules):
+            return torch.backends.cuda.matmul.allow_tf32
+
+    one, two = torch.nn.Linear(2, 2).bfloat16(), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    assert quick(one) and not quick(one, two)
+    assert quick(one, two.half(), torch.nn.LayerNorm(2)), "what is not multiplied with does not count"
+    with pytest.raises(KeyboardInterrupt), quick_products(one):
+        raise KeyboardInterrupt
+    assert not torch.backends.cuda.matmul.allow_tf32
