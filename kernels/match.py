@@ -62,7 +62,8 @@ def refine(pairs: Pairs, a: torch.Tensor, b_grid: torch.Tensor) -> torch.Tensor:
     c, h, w = b_grid.shape
     flat, places = b_grid.flatten(1).T, []
     steps = torch.tensor([-1, 0, 1], device=b_grid.device)
-    for first, second in zip(pairs.first.split(size := max(1, near.PIECE // c)), pairs.second.split(size), strict=True):
+    size = max(1, near.most(near.PIECE, b_grid.device) // c)
+    for first, second in zip(pairs.first.split(size), pairs.second.split(size), strict=True):
         y, x = second // w, second % w
         rows, columns = (y[:, None] + steps).clamp(0, h - 1), (x[:, None] + steps).clamp(0, w - 1)
         around = flat[rows[:, :, None] * w + columns[:, None]].float()
@@ -151,7 +152,8 @@ def transfer(
 
 def _most_alike(one: near.Cells, two: near.Cells, count: int):
     """(part, cosines [part, count], cells of two [part, count]) for one's cells in turn, highest cosines first."""
-    rows = max(1, min(near.BLOCK // 4 // two.count, near.STRIP // one.x.shape[1]))
+    block, strip = (near.most(n, one.x.device) for n in (near.BLOCK, near.STRIP))
+    rows = max(1, min(block // 4 // two.count, strip // one.x.shape[1]))
     page = torch.empty(min(rows, one.count), two.count, device=one.scale.device)
     for part in one.parts(rows):
         cosines = near.page_of(one, two, part, page[: part.stop - part.start])

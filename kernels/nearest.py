@@ -14,12 +14,19 @@ STRIP = 1 << 20
 """Elements of features that are converted at the same time for a block."""
 GROUP = 32
 """Cosines that share a maximum; only groups whose maximum is high enough are looked into."""
+AWAY = 16
+"""These three are so many times larger off the CPU, where calls cost more than memory does."""
 FEW = 32
 """A block in which more than one cosine in so many is close to the best is computed in double precision instead."""
 SMALL = 1 << 15
 """Multiplications that are too few for a block to pay."""
 TINY = 1e-12
 """A vector shorter than this has no direction: its cosine with every other is 0."""
+
+
+def most(elements: int, device: torch.device) -> int:
+    """``BLOCK``, ``PIECE`` or ``STRIP`` of a device."""
+    return elements if device.type == "cpu" else AWAY * elements
 
 
 def _precise(device: torch.device) -> torch.dtype:
@@ -59,7 +66,7 @@ class Cells:
         self.scale = torch.where(lengths < TINY, 0, 1 / lengths)
 
     def parts(self, rows: int = 0) -> list[slice]:
-        rows = rows or max(1, PIECE // self.x.shape[1])
+        rows = rows or max(1, most(PIECE, self.x.device) // self.x.shape[1])
         return [slice(start, min(start + rows, self.count)) for start in range(0, self.count, rows)]
 
     def take(self, part, dtype: torch.dtype) -> torch.Tensor:
@@ -75,7 +82,7 @@ class Cells:
 def scores_of(one: Cells, two: Cells, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     """Cosines [k] of pairs, rounded to fp32 once: independent of the size and the order of blocks."""
     dtype, found = _precise(one.x.device), [one.scale.new_empty(0)]
-    rows = max(1, PIECE // one.x.shape[1])
+    rows = max(1, most(PIECE, one.x.device) // one.x.shape[1])
     for p, q in zip(i.split(rows), j.split(rows), strict=True):
         found.append((one.take(p, dtype) * two.take(q, dtype)).sum(1) * one.scale[p] * two.scale[q])
     return torch.cat(found).float()
@@ -84,7 +91,7 @@ def scores_of(one: Cells, two: Cells, i: torch.Tensor, j: torch.Tensor) -> torch
 def page_of(one: Cells, two: Cells, part: slice, out: torch.Tensor) -> torch.Tensor:
     """Cosines of a part of one's cells with all of two's into out [part, cells], with two's features as they are."""
     first = one.unit(part)
-    for tile in two.parts(max(GROUP, STRIP // two.x.shape[1])):
+    for tile in two.parts(max(GROUP, most(STRIP, out.device) // two.x.shape[1])):
         torch.mm(first, two.take(tile, torch.float32).T, out=out[:, tile])
     return out.mul_(two.scale.float())
 
@@ -122,8 +129,8 @@ class Search:
         device = one.x.device
         n, m = one.count, two.count
         self.width = -(-m // GROUP) * GROUP
-        most = min(BLOCK // self.width, STRIP // one.x.shape[1], n + GROUP - 1)
-        self.rows = max(1, most // GROUP) * GROUP
+        rows = min(most(BLOCK, device) // self.width, most(STRIP, device) // one.x.shape[1], n + GROUP - 1)
+        self.rows = max(1, rows // GROUP) * GROUP
         self.table = None
         # Sums of c products of unit vectors in fp32 are within c 2^-24 of the cosine, twice that where sums truncate;
         # 8 more are for the roundings of lengths, floors and scores.
@@ -173,15 +180,15 @@ class Search:
     def _near(self, part: slice) -> torch.Tensor | None:
         """Nearest second cell of each row of a part; None when too many are nearly the nearest, or one is below 0."""
         self._fill(part)
-        rows, m, most = part.stop - part.start, self.two.count, self.rows * self.width // FEW
+        rows, m, few = part.stop - part.start, self.two.count, self.rows * self.width // FEW
         page = self.page.view(self.rows, GROUP, -1)[:rows]
         groups = peaks(page)
         floor = self._floor(groups.amax(1).float())
         if floor.min() < 0 and self.table is not None:
             return None
         i, g = (groups >= floor[:, None]).nonzero(as_tuple=True)
-        near = page[i[:most], :, g[:most]] >= floor[i[:most], None]
-        if len(i) > most or near.sum() > most:
+        near = page[i[:few], :, g[:few]] >= floor[i[:few], None]
+        if len(i) > few or near.sum() > few:
             return None
         hit, member = near.nonzero(as_tuple=True)
         i, j = i[hit], member * page.shape[2] + g[hit]
@@ -193,9 +200,9 @@ class Search:
             if floor.min() < 0 and self.table is not None:
                 return None
             g, k = (groups >= floor).nonzero(as_tuple=True)
-            values = page[g[:most], :, k[:most]]
-            near = values >= floor[k[:most], None]
-            if len(k) > most or near.sum() > most:
+            values = page[g[:few], :, k[:few]]
+            near = values >= floor[k[:few], None]
+            if len(k) > few or near.sum() > few:
                 return None
             hit, member = near.nonzero(as_tuple=True)
             self._keep(part.start + g[hit] * GROUP + member, k[hit], values[hit, member].float(), top)
@@ -207,7 +214,7 @@ class Search:
         dtype = _precise(self.one.x.device)
         first = self.one.take(part, dtype)
         along, above = [], []
-        for tile in self.two.parts(max(GROUP, STRIP // 2 // first.shape[1])):
+        for tile in self.two.parts(max(GROUP, most(STRIP, first.device) // 2 // first.shape[1])):
             cosines = first @ self.two.take(tile, dtype).T
             cosines = (cosines * self.one.scale[part, None] * self.two.scale[tile]).float()
             score, j = cosines.max(1)
