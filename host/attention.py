@@ -186,8 +186,8 @@ def maps_of(columns: torch.Tensor, follow_queries: bool = False) -> Callable:
     """A ``look`` that records columns [1 or b, m, c] of the maps, [b, n, c], out of the attention's own softmax."""
 
     def look(q, k, v, heads, reference):
-        own = columns.to(q.device)
-        return attend(q, k, v, heads, own.repeat(1, k.shape[1] // own.shape[1], 1), follow_queries)
+        own, times = columns.to(q.device), k.shape[1] // columns.shape[1]
+        return attend(q, k, v, heads, own.repeat(1, times, 1) if times > 1 else own, follow_queries)
 
     return look
 

@@ -122,10 +122,11 @@ class Prompts:
         for text, stage in zip(texts, stages.tolist(), strict=True):
             if (text, stage) not in encoded:
                 wanted[text, stage] = grid.index[stage].flatten().unique().tolist()
-        groups = [
-            (text, [{"": {k: variant(v, grid.cells[n][0]) for k, v in rows.items()}, **(others or {})} for n in numbers])
-            for (text, _), numbers in wanted.items()
-        ]
+
+        def of_cell(number: int) -> Rows:
+            return {"": {k: variant(v, grid.cells[number][0]) for k, v in rows.items()}, **(others or {})}
+
+        groups = [(text, [of_cell(n) for n in numbers]) for (text, _), numbers in wanted.items()]
         for (key, numbers), (contexts, entry) in zip(wanted.items(), self.encode_groups(groups), strict=True):
             encoded[key] = entry, dict(zip(numbers, contexts, strict=True))
         samples = [encoded[key] for key in zip(texts, stages.tolist(), strict=True)]

@@ -233,9 +233,10 @@ class RefineSession(Session):
     def _together(self, parameters, rows: list[Row]) -> list:
         x, sigma = torch.cat([r.x for r in rows]), torch.cat([r.sigma for r in rows])
         entries, change = self.condition(parameters, [r.picture for r in rows], [r.text for r in rows], sigma)
-        read = [n for n, row in enumerate(rows) if row.read]
-        if not read:
+        count = sum(row.read for row in rows)
+        if not count:
             return list(self.denoiser(x, sigma, entries, change))
+        assert all(row.read for row in rows[:count]), "those that are read come first"
         columns = [self.columns[r.text] if r.read else torch.zeros_like(self.columns[r.text]) for r in rows]
         for own, (encoded, _) in zip(columns, entries, strict=True):
             if own.shape[1] != encoded.shape[1]:
@@ -247,10 +248,13 @@ class RefineSession(Session):
         tap = tap_of(self.model, torch.cat([own.repeat(1, length // own.shape[1], 1) for own in columns]), x)
         with captured(self.model, self.wants, x.shape[-2:], graph=True) as seen:
             denoised = self.denoiser(x, sigma, entries, both(change, tap))
-        looks = torch.cat([seen.found[w.name][read].float() for w in self.wants], 1)
-        maps = [m[read].float().mT.unflatten(-1, (layer.height, layer.width)) for layer, m in tap.take().items()]
+        looks = torch.cat([seen.found[w.name][:count].float() for w in self.wants], 1)
+        sizes: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for layer, own in tap.take().items():
+            sizes.setdefault((layer.height, layer.width), []).append(own)
+        maps = [torch.cat(own, -1)[:count].float().mT.unflatten(-1, size) for size, own in sizes.items()]
         maps = torch.cat([F.interpolate(m, looks.shape[-2:], mode="bilinear") for m in maps], 1)
-        return [(looks[read.index(n)], maps[read.index(n)]) if n in read else denoised[n] for n in range(len(rows))]
+        return [*zip(looks, maps, strict=True), *denoised[count:]]
 
     def losses(self, parameters, pictures, captions, when, draw):
         """The three parts, weighted."""

@@ -42,11 +42,16 @@ def fused(q, k, v, columns):
 
     Columns [b or 1, m, c] are values too, so torch's fused product gives both, and maps lead gradients to the queries.
     """
-    both = torch.cat([v, columns.to(v)[:, None].expand(*v.shape[:2], -1, -1)], -1)
-    width = -(-max(q.shape[-1], both.shape[-1]) // 8) * 8  # heads of one width, which fast kernels want aligned
-    given = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, both))
-    found = F.scaled_dot_product_attention(*given, scale=q.shape[-1] ** -0.5)
-    out, maps, _ = found.split([v.shape[-1], columns.shape[-1], width - both.shape[-1]], -1)
+    wide, count = v.shape[-1], columns.shape[-1]
+    aligned = [-(-width // 8) * 8 for width in (q.shape[-1], wide + count)]  # which fast kernels want
+    if q.device.type == "cpu":  # where they want values as wide as keys, too
+        aligned = [max(aligned)] * 2
+    own = F.pad(columns.to(v), (0, aligned[1] - wide - count))[:, None]
+    scale, more = q.shape[-1] ** -0.5, aligned[0] - q.shape[-1]
+    q, k = (F.pad(x, (0, more)) if more else x for x in (q, k))
+    both = torch.cat([v, own.expand(*v.shape[:2], -1, -1)], -1)
+    found = F.scaled_dot_product_attention(q, k, both, scale=scale)
+    out, maps, _ = found.split([wide, count, found.shape[-1] - wide - count], -1)
     return out.contiguous(), widened(maps).mean(1)
 
 
@@ -136,7 +141,8 @@ def _difference(q, k, reference, columns, of_reference, kind):
         own, other = (c.transpose(-1, -2)[:, None] for c in (columns, of_reference))
         own = own / own.sum(-1, keepdim=True).clamp_min(1e-8)
         other = other / other.sum(-1, keepdim=True).clamp_min(1e-8)
-        gap = widened(q) @ (own.to(widened(k)) @ widened(k) - other.to(widened(k)) @ widened(reference)).transpose(-1, -2)
+        k, reference = widened(k), widened(reference)
+        gap = widened(q) @ (own.to(k) @ k - other.to(k) @ reference).transpose(-1, -2)
         count = (columns.sum(1) > 0).sum().clamp_min(1) * q.shape[0] // columns.shape[0]
         return (gap * q.shape[-1] ** -0.5).square().sum() / (count * q.shape[1] * q.shape[2])
     ours, theirs = _softmax(q, k), _softmax(q, reference)

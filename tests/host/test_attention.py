@@ -251,7 +251,7 @@ def test_sampling_is_unchanged_afterwards(unet):
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_joint_maps_are_the_same_out_of_the_attention_and_beside_it(family, checkpointing, monkeypatch):
-    """Where torch has no such kernel, and where the user's own attention must stay, maps have a product of their own."""
+    """Where torch has no such kernel, and where the user's attention stays, maps have a product of their own."""
     import comfy.ldm.modules.attention as stock
 
     import concepts.host.attention as host
