@@ -396,3 +396,15 @@ def test_another_ground_does_not_take_the_mask():
 def test_what_cannot_be_moved_is_said(given, words):
     with pytest.raises(ValueError, match=words):
         transfer(**{"mask": torch.ones(3, 4), "a_grid": drawn(8, 3, 4), "b_grid": drawn(8, 3, 4)} | given)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mutual", [True, False])
+@pytest.mark.parametrize("case", ["apart", "near ties", "smooth"])
+def test_a_gpu_finds_the_pairs_of_the_whole_matrix(case, mutual):
+    if case == "smooth":
+        a, b = (grid_of(20, 24, shift, shift, finest=1e-3).flatten(1).T for shift in (0, 0.3))
+    else:
+        a, b = both(700, 640, 96) if case == "apart" else clusters()
+    same(match(a.cuda(), b.cuda(), mutual=mutual), whole(a, b, mutual))
