@@ -68,7 +68,7 @@ class _Joint(torch.autograd.Function):
     def forward(ctx, q, k, v, weights, chosen, first):
         out, lse, *more = _forward(q, k, v)
         ctx.save_for_backward(q, k, v, weights, chosen, out, lse, *(m for m in more if torch.is_tensor(m)))
-        ctx.first, ctx.more = first, [None if torch.is_tensor(m) else m for m in more]
+        ctx.first, ctx.more = first, [(torch.is_tensor(m), m if not torch.is_tensor(m) else None) for m in more]
         return out, _looks(q, k, lse, chosen, first).mean(1) @ weights
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Joint(torch.autograd.Function):
     def backward(ctx, from_out, from_maps):
         q, k, v, weights, chosen, out, lse, *tensors = ctx.saved_tensors
         rest, first, scale = iter(tensors), ctx.first, q.shape[-1] ** -0.5
-        more = [next(rest) if m is None else m for m in ctx.more]
+        more = [next(rest) if saved else given for saved, given in ctx.more]
         p = _looks(q, k, lse, chosen, first)
         slope = p * (from_maps @ weights.mT / q.shape[1])[:, None]
         pixels = slice(first, None)
