@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from .loading import STREAMED, copied, fits, make_room, reuses, static
 
 NORMS = ("LayerNorm", "T5LayerNorm", "RMSNorm")
+OF_HEADS = ("query_norm", "key_norm", "q_norm", "k_norm", "norm_q", "norm_k", "ln_q", "ln_k")
+"""What models call norms of queries and keys."""
 AROUND = "concept_around"
 """Key in ``transformer_options``: functions (block) -> context manager, open while a block is computed once more."""
 BLOCKS = (
@@ -58,7 +60,10 @@ def ordinary(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def safe_residuals(*modules: torch.nn.Module):
-    """Gives every norm its own copy of its input, so that a later in-place residual cannot spoil the gradient."""
+    """Gives every norm its own copy of its input, so that a later in-place residual cannot spoil the gradient.
+
+    Those of queries and keys stand in no residual stream.
+    """
 
     def own_input(module, args):
         return (args[0].clone(), *args[1:]) if torch.is_grad_enabled() else None
@@ -66,8 +71,8 @@ def safe_residuals(*modules: torch.nn.Module):
     handles = [
         part.register_forward_pre_hook(own_input)
         for module in modules
-        for part in module.modules()
-        if type(part).__name__ in NORMS
+        for name, part in module.named_modules()
+        if type(part).__name__ in NORMS and name.rpartition(".")[2] not in OF_HEADS
     ]
     try:
         yield

@@ -9,9 +9,6 @@ import torch
 
 from .attention import widened
 
-SHORT = 2.0**-40
-"""A row of the output's gradient that is this much shorter than g takes no part; one of this length stands in."""
-
 aten = torch.ops.aten
 
 
@@ -47,20 +44,24 @@ def _backward(gradient, q, k, v, out, lse, *more) -> tuple:
 
 def _looks(q, k, lse, chosen, first: int) -> torch.Tensor:
     """Probabilities [b, heads, n - first, s] of the chosen keys."""
-    scores = widened(q[:, :, first:]) * q.shape[-1] ** -0.5 @ widened(k[:, :, chosen]).mT
-    return (scores - lse[:, :, first:, None]).exp()
+    keys = widened(k[:, :, chosen]) * q.shape[-1] ** -0.5
+    return (widened(q[:, :, first:]) @ keys.mT - lse[:, :, first:, None]).exp()
 
 
 def _carrying(from_out, out, g) -> tuple[torch.Tensor, torch.Tensor]:
-    """dO and O' for which rowsum(dO * O') = rowsum(from_out * out) - g, of rows [..., d], g [..., 1]."""
-    wide = widened(from_out)
-    length, least = wide.norm(dim=-1, keepdim=True), SHORT * g.abs()
+    """dO and O' for which rowsum(dO * O') = rowsum(from_out * out) - g, of rows [..., d], g [..., 1].
+
+    Where a row of ``from_out`` is nothing beside g, as in a last block, a row that is nothing too stands in.
+    """
+    facts = torch.finfo(g.dtype)
+    length = torch.linalg.vector_norm(from_out, dim=-1, keepdim=True, dtype=g.dtype)
+    least = facts.eps * g.abs()
     short = length <= least
-    stand_in = (least * wide.shape[-1] ** -0.5).expand_as(wide)
-    wide = torch.where(short, stand_in, wide)
+    from_out = torch.where(short, (least * from_out.shape[-1] ** -0.5).to(from_out), from_out)
     length = torch.where(short, least, length)
-    more = torch.where(length > 0, wide / length * (g / length), 0)
-    return wide.to(out), (widened(out) - more).to(out)
+    there = length > facts.tiny
+    unit = from_out * torch.where(there, 1 / length, 0)  # the square of a length may be too small
+    return from_out, (out - unit * torch.where(there, g / length, 0)).to(out)
 
 
 class _Joint(torch.autograd.Function):
@@ -85,7 +86,7 @@ class _Joint(torch.autograd.Function):
             from_out[:, :, pixels], out[:, :, pixels], -slope.sum(-1, keepdim=True)
         )
         dq, dk, dv = _backward(from_out, q, k, v, out, lse, *more)
-        dq[:, :, pixels] += (slope @ widened(k[:, :, chosen]) * scale).to(dq)
+        dq[:, :, pixels] += slope @ (widened(k[:, :, chosen]) * scale)
         dk.index_add_(2, chosen, (slope.mT @ widened(q[:, :, pixels]) * scale).to(dk))
         return dq, dk, dv, None, None, None
 

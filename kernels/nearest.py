@@ -4,6 +4,8 @@ Cosines are made a block at a time. Blocks are cheap and approximate; whatever m
 their error is scored again from the features in double precision.
 """
 
+import contextlib
+
 import torch
 
 BLOCK = 1 << 22
@@ -31,6 +33,20 @@ def most(elements: int, device: torch.device) -> int:
 
 def _precise(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
+@contextlib.contextmanager
+def _whole_products(device: torch.device):
+    """Products of fp32 in fp32 on CUDA, also where others may take TF32: a looser bound costs more than they do."""
+    backend = torch.backends.cuda.matmul
+    kept = device.type == "cuda" and backend.allow_tf32
+    if kept:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if kept:
+            backend.allow_tf32 = True
 
 
 def _bf16_is_fast(device: torch.device) -> bool:
@@ -91,8 +107,9 @@ def scores_of(one: Cells, two: Cells, i: torch.Tensor, j: torch.Tensor) -> torch
 def page_of(one: Cells, two: Cells, part: slice, out: torch.Tensor) -> torch.Tensor:
     """Cosines of a part of one's cells with all of two's into out [part, cells], with two's features as they are."""
     first = one.unit(part)
-    for tile in two.parts(max(GROUP, most(STRIP, out.device) // two.x.shape[1])):
-        torch.mm(first, two.take(tile, torch.float32).T, out=out[:, tile])
+    with _whole_products(out.device):
+        for tile in two.parts(max(GROUP, most(STRIP, out.device) // two.x.shape[1])):
+            torch.mm(first, two.take(tile, torch.float32).T, out=out[:, tile])
     return out.mul_(two.scale.float())
 
 
@@ -137,7 +154,7 @@ class Search:
         self.error, self.rounding = (one.x.shape[1] + 8) * 2.0**-23, 0.0
         if _bf16_is_fast(device):
             self._round()
-        elif device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+        elif device.type != "cuda" and (device.type != "cpu" or torch.get_float32_matmul_precision() != "highest"):
             self.error += 2.02 * 2.0**-8  # products of fp32 may take TF32 or bf16 then
         # Products of very few elements may be summed in bf16 by other code than the larger ones.
         self.approximate = _precise(device) == torch.float64 and n * m * one.x.shape[1] > SMALL

@@ -54,6 +54,20 @@ def test_an_output_that_little_depends_on_leaves_the_maps_gradient_exact(scale):
         torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e-18, 1e-24])
+def test_gradients_of_any_size_are_finite(dtype, size):
+    """Of the maps alone, as deep models have them: the stand-ins must not overflow."""
+    inputs, (columns, chosen, weights) = given(40, 8), keys(40)
+    narrow = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    of_maps = size * drawn(2, 40 - FIRST, 2, seed=3)
+    found = torch.autograd.grad((flash.joint(*narrow, chosen, weights, FIRST)[1] * of_maps.float()).sum(), narrow)
+    exact = torch.autograd.grad((naive(*inputs, columns)[1] * of_maps).sum(), inputs, allow_unused=True)
+    for a, b in zip(found[:2], exact[:2], strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < (1e-4 if dtype == torch.float32 else 5e-2)
+    assert float(found[2].double().norm()) < 1e-6 * size
+
+
 def test_fp16_is_left_to_others():
     """O' may leave its range."""
     assert not flash.usable(*(x.detach().half() for x in given(11, 8)))
