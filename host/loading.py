@@ -17,7 +17,7 @@ STREAMED = (
 ACTIVATIONS = 40
 """What a training step keeps for its backward pass, over the host's estimate of what a sampling step needs.
 
-By ``bench full_size``: SDXL 22 (LoRA), 31 (tokens) and 44 (refinement), Flux 20 (LoRA) and above 38 (tokens)."""
+By ``bench full_size``: SDXL 22 (LoRA), 31 (tokens) and 24 (refinement), Flux 18, 40 and 28."""
 RECOMPUTED = 0.1
 """Part of it that remains when blocks are recomputed; measured: 0.06 to 0.08."""
 
