@@ -299,12 +299,10 @@ def refinement(parts: Parts):
 def step(session, checkpointing: str) -> None:
     """All of a refinement behind its features: set up, losses, gradient, optimiser."""
     from concepts.host.gradients import training
-    from concepts.host.loading import memory_of
     from concepts.kernels.fit import fit
 
-    room = memory_of(session.model, session.data, session.passes)
     patchers = (session.model, session.clip.patcher)
-    with training(*patchers, checkpointing=checkpointing == "on", memory=room), session.attached():
+    with training(*patchers, checkpointing=checkpointing == "on", memory=session.memory()), session.attached():
         session.begin()
         for _ in fit(session.parameters, session.step_loss, session.optimiser, 1):
             pass
