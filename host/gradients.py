@@ -142,8 +142,8 @@ def checkpointed(*modules: torch.nn.Module):
 def quick_products(*modules: torch.nn.Module):
     """Lets CUDA multiply fp32 as TF32 if all matrices of ``modules`` have 16 bits or fewer, which that holds exactly.
 
-    Text encoders compute in fp32 whatever their weights are (sd1_clip.py), and without tensor cores T5 takes longer
-    than a pass of Flux.
+    Text encoders compute in fp32 whatever their weights are (sd1_clip.py), and without tensor cores two prompts take T5
+    as long as a pass takes Flux.
     """
     backend = torch.backends.cuda.matmul
     kept = backend.allow_tf32
