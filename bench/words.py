@@ -37,6 +37,8 @@ METHODS = {
     "SAE + pruning, 240 steps": {"keep": 8, **LONGER},
 }
 COMPARED = (
+    ("dense + isolation", "plain words"),
+    ("SAE + pruning", "plain words"),
     ("SAE + pruning", "SAE"),
     ("dense, 240 steps", "dense"),
     ("dense + isolation, 240 steps", "dense + isolation"),
