@@ -25,6 +25,8 @@ class Features:
     info: Mapping[str, Any] = field(default_factory=dict)
     """JSON facts: architecture, base, prompt, seed, passes, the pictures' ``thumbnails`` (host/features.py), and under
     ``sources`` per map its layer, timestep, noise, ensemble and a note."""
+    conditioning: Any = None
+    """The host's conditioning entry of a prompt without concepts, under which others can be read alike."""
 
     def __post_init__(self):
         with torch.inference_mode(False):

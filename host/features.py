@@ -42,11 +42,13 @@ def extract(
     concepts: list[Concept] = (),
     seed: int = 0,
     pixels: tuple[int, int] | None = None,
+    conditioning: list | None = None,
 ) -> Features:
     """Features of VAE latents [pictures, c, h, w]; wants of one timestep, noise and ensemble share their passes.
 
     The n-th noise is the same for every picture, so a picture's features do not depend on its neighbours. A clean
-    picture reaches the network unscaled. ``pixels``: height and width of the pictures, else those of the latent format.
+    picture reaches the network unscaled. ``pixels``: height and width of the pictures, else those of the latent format;
+    ``conditioning``: what earlier features of this prompt were read under, where no word's map is asked for.
     Raises: ValueError as ``checked`` and ``columns_of`` do; CarrierMismatch; the host's interrupt.
     """
     checked(model, wants)
@@ -56,7 +58,7 @@ def extract(
         groups.setdefault((want.timestep, want.noise, count), []).append(want)
     words = [w.name.removeprefix(ATTENTION) for w in wants if w.name.startswith(ATTENTION)]
     columns = columns_of(model, clip, text, concepts, words) if words else None
-    entry, change = prompted(clip, text, concepts, columns)
+    entry, change = (conditioning, dict) if conditioning else prompted(clip, text, concepts, columns)
     size = _rows_per_pass(model, latents.shape)
     comfy.model_management.load_models_gpu([model], memory_required=model.memory_required([size, *latents.shape[1:]]))
     work = [
@@ -102,7 +104,8 @@ def extract(
     }
     scale = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
     height, width = pixels or [side * scale for side in latents.shape[-2:]]
-    return Features({w.name: maps[w.name] for w in wants}, int(height), int(width), info)
+    kept = None if concepts else entry
+    return Features({w.name: maps[w.name] for w in wants}, int(height), int(width), info, kept)
 
 
 def _rows_per_pass(model, shape: tuple[int, ...]) -> int:

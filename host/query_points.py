@@ -72,7 +72,7 @@ def dift_of(model, clip, latents, text: str, ensemble: int, seed: int, features:
     and settings then hold for the picture too. Raises: ValueError for features of other pictures; as ``read_before``
     and ``extract`` do.
     """
-    references, picture = latents[:-1], latents[-1:]
+    references, picture, entry = latents[:-1], latents[-1:], features.conditioning if features else None
     if features:
         same_pictures(features, references)
         wants = [read_before(model, features, len(references), references[0].shape[-2:])]
@@ -82,7 +82,7 @@ def dift_of(model, clip, latents, text: str, ensemble: int, seed: int, features:
         wants, found = preset(model, "DIFT", [], ensemble=ensemble), []
         parts = [latents] if references[0].shape == picture[0].shape else [references, picture]
     for part in parts:
-        found += extract(model, clip, torch.stack(part), wants, text, seed=seed).map("dift")
+        found += extract(model, clip, torch.stack(part), wants, text, seed=seed, conditioning=entry).map("dift")
     return found
 
 
