@@ -12,6 +12,7 @@ import comfy.model_management
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.precision import fp32_products
 from .loading import STREAMED, copied, fits, make_room, reuses, static
 
 NORMS = ("LayerNorm", "T5LayerNorm", "RMSNorm")
@@ -145,14 +146,10 @@ def quick_products(*modules: torch.nn.Module):
     Text encoders compute in fp32 whatever their weights are (sd1_clip.py), and without tensor cores two prompts take T5
     as long as a pass takes Flux.
     """
-    backend = torch.backends.cuda.matmul
-    kept = backend.allow_tf32
     matrices = (part.weight for module in modules for part in module.modules() if isinstance(part, torch.nn.Linear))
-    backend.allow_tf32 = kept or all(weight is None or weight.element_size() <= 2 for weight in matrices)
-    try:
+    small = all(weight is None or weight.element_size() <= 2 for weight in matrices)
+    with fp32_products("high") if small else contextlib.nullcontext():
         yield
-    finally:
-        backend.allow_tf32 = kept
 
 
 @contextlib.contextmanager

@@ -68,8 +68,8 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, weights, chosen, first):
         out, lse, *more = _forward(q, k, v)
-        ctx.save_for_backward(q, k, v, weights, chosen, out, lse, *(m for m in more if torch.is_tensor(m)))
-        ctx.first, ctx.more = first, [(torch.is_tensor(m), m if not torch.is_tensor(m) else None) for m in more]
+        ctx.save_for_backward(q, k, v, weights, chosen, out, lse, *filter(torch.is_tensor, more))
+        ctx.first, ctx.more = first, [None if torch.is_tensor(m) else (m,) for m in more]  # a tensor may be missing
         return out, _looks(q, k, lse, chosen, first).mean(1) @ weights
 
     @staticmethod
@@ -77,7 +77,7 @@ class _Joint(torch.autograd.Function):
     def backward(ctx, from_out, from_maps):
         q, k, v, weights, chosen, out, lse, *tensors = ctx.saved_tensors
         rest, first, scale = iter(tensors), ctx.first, q.shape[-1] ** -0.5
-        more = [next(rest) if saved else given for saved, given in ctx.more]
+        more = [next(rest) if given is None else given[0] for given in ctx.more]
         p = _looks(q, k, lse, chosen, first)
         slope = p * (from_maps @ weights.mT / q.shape[1])[:, None]
         pixels = slice(first, None)

@@ -8,6 +8,8 @@ import contextlib
 
 import torch
 
+from .precision import fp32_products
+
 BLOCK = 1 << 22
 """Cosines that exist at the same time: 8 MB in bf16."""
 PIECE = 1 << 17
@@ -35,18 +37,12 @@ def _precise(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
-@contextlib.contextmanager
-def _whole_products(device: torch.device):
-    """Products of fp32 in fp32 on CUDA, also where others may take TF32: a looser bound costs more than they do."""
-    backend = torch.backends.cuda.matmul
-    kept = device.type == "cuda" and backend.allow_tf32
-    if kept:
-        backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        if kept:
-            backend.allow_tf32 = True
+def _whole(device: torch.device) -> bool:
+    """Whether ``page_of`` multiplies fp32 in fp32."""
+    if device.type == "cuda":
+        with fp32_products("highest") as whole:
+            return whole
+    return device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
 
 
 def _bf16_is_fast(device: torch.device) -> bool:
@@ -107,7 +103,8 @@ def scores_of(one: Cells, two: Cells, i: torch.Tensor, j: torch.Tensor) -> torch
 def page_of(one: Cells, two: Cells, part: slice, out: torch.Tensor) -> torch.Tensor:
     """Cosines of a part of one's cells with all of two's into out [part, cells], with two's features as they are."""
     first = one.unit(part)
-    with _whole_products(out.device):
+    # a looser bound costs more than products in fp32 do
+    with fp32_products("highest") if out.device.type == "cuda" else contextlib.nullcontext():
         for tile in two.parts(max(GROUP, most(STRIP, out.device) // two.x.shape[1])):
             torch.mm(first, two.take(tile, torch.float32).T, out=out[:, tile])
     return out.mul_(two.scale.float())
@@ -154,7 +151,7 @@ class Search:
         self.error, self.rounding = (one.x.shape[1] + 8) * 2.0**-23, 0.0
         if _bf16_is_fast(device):
             self._round()
-        elif device.type != "cuda" and (device.type != "cpu" or torch.get_float32_matmul_precision() != "highest"):
+        elif not _whole(device):
             self.error += 2.02 * 2.0**-8  # products of fp32 may take TF32 or bf16 then
         # Products of very few elements may be summed in bf16 by other code than the larger ones.
         self.approximate = _precise(device) == torch.float64 and n * m * one.x.shape[1] > SMALL

@@ -168,11 +168,11 @@ def test_products_are_quick_where_all_matrices_have_16_bits():
 
     def quick(*modules):
         with quick_products(*modules):
-            return torch.backends.cuda.matmul.allow_tf32
+            return torch.get_float32_matmul_precision() == "high"
 
     one, two = torch.nn.Linear(2, 2).bfloat16(), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     assert quick(one) and not quick(one, two)
     assert quick(one, two.half(), torch.nn.LayerNorm(2)), "what is not multiplied with does not count"
     with pytest.raises(KeyboardInterrupt), quick_products(one):
         raise KeyboardInterrupt
-    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"

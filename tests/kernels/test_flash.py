@@ -68,6 +68,16 @@ def test_gradients_of_any_size_are_finite(dtype, size):
     assert float(found[2].double().norm()) < 1e-6 * size
 
 
+def test_what_else_a_kernel_gives_travels_to_its_backward(monkeypatch):
+    """CUDA's gives tensors that may be missing, and numbers."""
+    inputs, (_, chosen, weights) = given(11, 8), keys(11)
+    forward, backward, seen, more = flash._forward, flash._backward, [], (None, torch.ones(1), 11, None, torch.zeros(1))
+    monkeypatch.setattr(flash, "_forward", lambda *x: (*forward(*x), *more))
+    monkeypatch.setattr(flash, "_backward", lambda *x: seen.extend(x[6:]) or backward(*x[:6]))
+    flash.joint(*inputs, chosen, weights, FIRST)[1].sum().backward()
+    assert seen[0] is None and seen[2:4] == [11, None] and [float(seen[1]), float(seen[4])] == [1, 0]
+
+
 def test_fp16_is_left_to_others():
     """O' may leave its range."""
     assert not flash.usable(*(x.detach().half() for x in given(11, 8)))

@@ -1,0 +1,24 @@
+"""How exactly fp32 is multiplied, for a while."""
+
+import contextlib
+
+import torch
+
+
+@contextlib.contextmanager
+def fp32_products(precision: str):
+    """torch's precision of fp32 products: ``highest``, or ``high``, which is TF32 on CUDA; put back as it was.
+
+    Yields whether it is so: a program that chose by torch's newer settings, which cannot be mixed with this one, keeps
+    what it chose.
+    """
+    try:
+        kept = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        yield False
+        return
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield True
+    finally:
+        torch.set_float32_matmul_precision(kept)
