@@ -6,6 +6,7 @@ under ``concepts.``, what no other program knows under its kind, ``concepts.mapp
 SHA-256 over all of it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,11 +19,11 @@ from safetensors.torch import load, save
 
 from .concept import Concept
 from .delta import BUNDLE
-from .errors import CarrierError, CarrierFileError
+from .errors import CarrierFileError
 
 VERSION = "1"
-LARGEST = 1 << 30
-"""Bytes; no concept comes near it."""
+LARGEST = 1 << 33
+"""Bytes; a LoRA of Flux with the optimiser's moments has 56 MB per rank."""
 LONGEST_HEADER = 16 << 20
 OWN = "concepts."
 TOKENS, STATE = OWN + "tokens.", OWN + "state."
@@ -37,11 +38,16 @@ def write_concept(concept: Concept, path: Path, notes: Mapping[str, str] | None 
     """Writes ``path`` whole or not at all; an older file there stays until the new one is complete.
 
     ``notes``: extra metadata, such as prompt and workflow as JSON.
-    Raises: CarrierFileError when the disk refuses, naming the file.
+    Raises: CarrierFileError when the disk refuses, naming the file, and for more than could be read again.
     """
     tensors = dict(_placed(k, v, concept.kind) for k, v in concept.tensors.items())
     tensors |= {STATE + k: v for k, v in concept.state.items()}
     tensors = {k: v.contiguous() for k, v in tensors.items()}
+    if (size := sum(v.nbytes for v in tensors.values())) > LARGEST:
+        raise CarrierFileError(
+            f"{path} would have {size} bytes, more than this pack reads ({LARGEST}); save it without training_state, "
+            "or learn with a lower rank."
+        )
     metadata = {
         **(notes or {}),
         OWN + "format": VERSION,
@@ -99,44 +105,62 @@ def replace_file(path: Path, data: bytes) -> None:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-        if os.name != "nt":  # the new name itself must survive a power cut
+    except OSError as error:
+        old = ""
+        with contextlib.suppress(OSError):
+            old = " The older file there is unharmed." if path.stat().st_size else ""
+        raise CarrierFileError(
+            f"{path} could not be written ({error.strerror or error}); free some space or choose another "
+            f"folder, then save again.{old}"
+        ) from error
+    if os.name != "nt":  # the new name itself must survive a power cut, where the folder can be told so
+        with contextlib.suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def discard(path: Path) -> None:
+    """Removes a file, if the disk lets us."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def claim(folder: Path, name: str) -> Path:
+    """An empty file under a name that none has yet: ``name``, or ``name_2``, ``name_3``, ...
+
+    Anything but letters, digits, blank, dot, - and _ becomes _. Raises: CarrierFileError when the disk refuses.
+    """
+    stem = re.sub(r"[^\w .-]", "_", name.removesuffix(".safetensors"), flags=re.ASCII).strip(" .")[:100]
+    stem = f"_{stem}" if not stem or RESERVED.fullmatch(stem) else stem
+    number, path = 1, Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = Path(folder) / f"{stem}{f'_{number}' if number > 1 else ''}.safetensors"
+            try:
+                path.open("xb").close()  # taken for us, also against a second process
+                return path
+            except FileExistsError:
+                number += 1
     except OSError as error:
-        old = " The older file there is unharmed." if path.is_file() and path.stat().st_size else ""
         raise CarrierFileError(
-            f"{path} could not be written ({error.strerror or error}); free some space or choose another "
-            f"folder, then save again.{old}"
+            f"{path} could not be written ({error.strerror or error}); choose another folder."
         ) from error
 
 
 def write_new(concept: Concept, folder: Path, name: str, notes: Mapping[str, str] | None = None) -> Path:
-    """Writes to ``folder`` under a name no file has yet: ``name``, or ``name_2``, ``name_3``, ...
+    """Writes to ``folder`` under a name no file has yet, as ``claim`` finds it.
 
-    Anything but letters, digits, blank, dot, - and _ becomes _. Raises: CarrierFileError as ``write_concept`` does.
+    Raises: CarrierFileError as ``write_concept`` does.
     """
-    stem = re.sub(r"[^\w .-]", "_", name.removesuffix(".safetensors"), flags=re.ASCII).strip(" .")[:100]
-    stem = f"_{stem}" if not stem or RESERVED.fullmatch(stem) else stem
-    number = 1
-    while True:
-        path = Path(folder) / f"{stem}{f'_{number}' if number > 1 else ''}.safetensors"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("xb").close()  # taken for us, also against a second process
-            break
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise CarrierFileError(
-                f"{path} could not be written ({error.strerror or error}); choose another folder."
-            ) from error
+    path = claim(folder, name)
     try:
         write_concept(concept, path, notes)
     except BaseException:
-        path.unlink(missing_ok=True)
+        discard(path)
         raise
     return path
 
@@ -201,5 +225,5 @@ def from_parts(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
             json.loads(metadata[OWN + "info"]),
             {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)},
         )
-    except (KeyError, CarrierError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:  # of hostile facts
         raise CarrierFileError(f"{path} is not a whole concept: {error}") from error

@@ -35,10 +35,8 @@ def find(name: str) -> Path:
 
 
 def output(*inner: str) -> Path:
-    """``output/concepts/...``, made when missing."""
-    place = Path(folder_paths.get_output_directory(), KIND, *inner)
-    place.mkdir(parents=True, exist_ok=True)
-    return place
+    """``output/concepts/...``, which need not exist."""
+    return Path(folder_paths.get_output_directory(), KIND, *inner)
 
 
 def saved_dictionaries() -> list[str]:
@@ -56,10 +54,8 @@ def find_dictionary(name: str) -> Path:
 
 
 def dictionaries() -> Path:
-    """``output/dictionaries``, made when missing."""
-    place = Path(folder_paths.get_output_directory(), DICTIONARIES)
-    place.mkdir(parents=True, exist_ok=True)
-    return place
+    """``output/dictionaries``, which need not exist."""
+    return Path(folder_paths.get_output_directory(), DICTIONARIES)
 
 
 def home(folder: str, concept) -> Path:
@@ -84,9 +80,7 @@ def home(folder: str, concept) -> Path:
                 f"<{concept.name}> has rows per stage, layer or for K and V, which only Concept Prompt can use; choose "
                 "concepts."
             )
-    place = Path(folder_paths.get_folder_paths(folder)[0])
-    place.mkdir(parents=True, exist_ok=True)
-    return place
+    return Path(folder_paths.get_folder_paths(folder)[0])
 
 
 def metadata_allowed() -> bool:

@@ -1,8 +1,8 @@
 """The learning loop inside the running host: any session; shown, saved, continued alike."""
 
-import hashlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierFileError
-from ..carriers.files import write_concept
+from ..carriers.files import claim, discard, write_concept
 from ..kernels.fit import Diverged, fit
 from . import folders
 from .gradients import loss_scale, training
@@ -30,7 +30,7 @@ class Learned:
     after: float
     previews: torch.Tensor
     """Estimates of one fixed noise along the way [k, c, h, w], as VAE latents."""
-    saved: Path
+    saved: Path | None
     trouble: str
     """Why it is not on disk; empty when it is."""
     seconds: float
@@ -42,8 +42,8 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
     """Runs a session to its end.
 
     Neither model nor clip changes. The state is on disk every ``save_every`` steps, and after an interrupt or an error
-    the last finished step is; the session's ``earlier`` concept continues from there, bit for bit on a CPU. A disk that
-    refuses is reported in the result and never ends the learning.
+    the last finished step is, in a file of this run's own; the session's ``earlier`` concept continues from there, bit
+    for bit on a CPU. A disk that refuses is reported in the result and never ends the learning.
     Raises: CarrierMismatch, Diverged, the host's OOM with advice, the host's interrupt, RuntimeError if nothing was
     learned.
     """
@@ -53,7 +53,7 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
     memory = memory_of(session.model, session.data, settings.batch * session.passes)
     patchers = (session.model, session.clip.patcher)
     recompute, memory = planned(checkpointing, memory, *patchers)
-    file = folders.output("autosave") / f"{settings.name}-{short(settings)}.safetensors"
+    kept = Kept(folders.output("autosave"), settings.name, write_concept)
     autograd = training(*patchers, checkpointing=recompute, memory=memory)
     advice = (
         f"Out of memory while learning <{settings.name}> with batch {settings.batch}: lower the batch (raise "
@@ -80,40 +80,47 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
                 if shown:
                     previews.append(session.preview())
                 if save_every and done % save_every == 0:
-                    keep(session.concept(last, losses), file)
+                    kept.put(session.concept(last, losses))
                 say(f"{session.line(done)}; loss {step.loss:.4f}")
                 progress.show(done, *((previews[-1], session.seen()) if shown else ()))
+            after = session.fixed_loss()
         except BaseException as error:  # newer hosts raise interrupts outside Exception
             if len(losses) > len(session.past):
-                lost = keep(session.concept(last, losses), file)
+                lost = kept.put(session.concept(last, losses))
                 if isinstance(error, Diverged):
-                    where = lost or f"It is in {file.name} (output/concepts/autosave)."
+                    where = lost or f"It is in {kept.file.name} (output/concepts/autosave)."
                     raise Diverged(
                         f"{error} The state of step {len(losses)} is good. {where} Continue from it with a lower "
                         "learning rate."
                     ) from error
             raise
-        after = session.fixed_loss()
         concept = session.concept(last, losses, loss_before=before, loss_after=after)
         if all(torch.equal(session.parameters[k], v) for k, v in session.start.items()):
             raise RuntimeError(
                 "Nothing was learned: what is learned did not move. Raise the learning rate or the number of steps."
             )
-        trouble = keep(concept, file)
+        trouble = kept.put(concept)
         shown = session.denoiser.model.process_latent_out(torch.cat(previews)).cpu()
-    return Learned(concept, losses, before, after, shown, file, trouble, time.monotonic() - began, session.terms)
+    return Learned(concept, losses, before, after, shown, kept.file, trouble, time.monotonic() - began, session.terms)
 
 
-def keep(concept: Concept, file: Path) -> str:
-    """Writes the autosave; returns why it could not, and logs it, instead of ending the run."""
-    try:
-        write_concept(concept, file)
-        return ""
-    except CarrierFileError as error:
-        logging.warning("concept-carriers: <%s> is not saved: %s", concept.name, error)
-        return str(error)
+class Kept:
+    """The file of one run: from its first state on under a name that no other run's has."""
 
+    def __init__(self, folder: Path, name: str, write: Callable[[object, Path], None]):
+        self.folder, self.name, self.write = folder, name, write
+        self.file: Path | None = None
 
-def short(settings) -> str:
-    """A few letters that differ from those of other settings, for file names."""
-    return hashlib.blake2b(repr(settings).encode(), digest_size=3).hexdigest()
+    def put(self, what) -> str:
+        """Writes the file; returns why it could not, and logs it, instead of ending the run."""
+        first = self.file is None
+        try:
+            self.file = self.file or claim(self.folder, self.name)
+            self.write(what, self.file)
+            return ""
+        except CarrierFileError as error:
+            if first and self.file:
+                discard(self.file)
+                self.file = None
+            logging.warning("concept-carriers: %s is not saved: %s", self.name, error)
+            return str(error)

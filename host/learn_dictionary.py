@@ -4,7 +4,6 @@ TopK with AuxK (arXiv 2406.04093), BatchTopK (arXiv 2412.06410), Matryoshka by k
 (arXiv 2503.17547). Features are made while learning and never held beyond one chunk of prompts.
 """
 
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -17,14 +16,14 @@ import torch
 
 from ..carriers.concept import check_name
 from ..carriers.dictionary import Dictionary, write_dictionary
-from ..carriers.errors import CarrierFileError, CarrierMismatch
+from ..carriers.errors import CarrierMismatch
 from ..kernels.draws import generator
 from ..kernels.fit import Diverged, UnitRows, fit
 from ..kernels.sae import Coder, auxiliary, batch_top, decode, encode, fvu, nested, top
 from . import folders
 from .corpus import Corpus
 from .gradients import ordinary
-from .learn import short
+from .learn import Kept
 from .loading import advised
 from .meanings import named
 from .progress import Progress, say
@@ -73,7 +72,7 @@ class DictionaryLearned:
 
     dictionary: Dictionary
     losses: list[float]
-    saved: Path
+    saved: Path | None
     trouble: str
     """Why it is not on disk; empty when it is."""
     seconds: float
@@ -257,7 +256,7 @@ def learn_dictionary(
     Raises: CarrierMismatch, ValueError, Diverged, the host's OOM with advice, the host's interrupt.
     """
     began, corpus = time.monotonic(), Corpus(text, settings.seed)
-    file = folders.dictionaries() / f"{settings.name}-{short(settings)}.safetensors"
+    kept = Kept(folders.dictionaries(), settings.name, write_dictionary)
     advice = (
         f"Out of memory while learning dictionary {settings.name} with batch {settings.batch} and expansion "
         f"{settings.expansion}: lower the batch or the expansion."
@@ -272,15 +271,15 @@ def learn_dictionary(
                 losses.append(step.loss / session.width)
                 last, done = step.state, step.number - len(session.past)
                 if save_every and done % save_every == 0:
-                    keep(session.dictionary(last, losses), file)
+                    kept.put(session.dictionary(last, losses))
                 if done % 10 == 0:
                     say(f"{done} of {settings.steps} steps, loss {losses[-1]:.4f}")
                 progress.show(done)
         except BaseException as error:  # newer hosts raise interrupts outside Exception
             if last is not None:
-                lost = keep(session.dictionary(last, losses), file)
+                lost = kept.put(session.dictionary(last, losses))
                 if isinstance(error, Diverged):
-                    where = lost or f"It is in {file.name} (output/dictionaries)."
+                    where = lost or f"It is in {kept.file.name} (output/dictionaries)."
                     raise Diverged(
                         f"The loss or its gradient is not finite at step {len(losses) + 1} (loss before "
                         f"{losses[-1]:.4f}). The state of step {len(losses)} is good. {where} Continue from it with a "
@@ -290,17 +289,8 @@ def learn_dictionary(
         for parameter in session.parameters.values():
             parameter.requires_grad_(False)
         dictionary = named(clip, session.dictionary(last, losses), corpus)
-    return DictionaryLearned(dictionary, losses, file, keep(dictionary, file), time.monotonic() - began)
-
-
-def keep(dictionary: Dictionary, file: Path) -> str:
-    """Writes the file; returns why it could not, and logs it, instead of ending the run."""
-    try:
-        write_dictionary(dictionary, file)
-        return ""
-    except CarrierFileError as error:
-        logging.warning("concept-carriers: dictionary %s is not saved: %s", dictionary.name, error)
-        return str(error)
+    trouble = kept.put(dictionary)
+    return DictionaryLearned(dictionary, losses, kept.file, trouble, time.monotonic() - began)
 
 
 def learned_text(done: DictionaryLearned) -> str:

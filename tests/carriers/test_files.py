@@ -3,6 +3,7 @@
 The golden files were written once by ``write_concept(made(), path, {"note": "golden"})``.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierFileError
@@ -258,6 +260,48 @@ write_concept(Concept("other", "tokens", {{"clip_l": torch.ones(1, 1, 1, 4, 64)}
     assert "CarrierFileError" in done.stderr and "unharmed" in done.stderr
     assert same(read_concept(path), golden()) and os.listdir(tmp_path) == [path.name]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no folders that sync")
+def test_a_folder_that_cannot_be_synced_keeps_what_was_written(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def files_only(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")  # as VirtualBox's shared folders say
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    assert same(read_concept(write_new(golden(), tmp_path, "mug")), golden())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted" / "drive")
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "gone", tmp_path / "file", tmp_path / "file" / "inner"):
+        with pytest.raises(CarrierFileError, match=f"{place.name}.*choose another folder"):
+            write_new(golden(), place, "mug")
+
+
+@pytest.mark.parametrize("info", ["[" * 100000, f'{{"steps": {"9" * 5000}}}'])
+def test_hostile_facts_are_refused_with_a_sentence(info, tmp_path):
+    from concepts.carriers.files import digest
+
+    tensors = {"clip_l": torch.ones(2, 4)}
+    facts = {"concepts.format": "1", "concepts.kind": "tokens", "concepts.name": "mug", "concepts.info": info}
+    save_file(tensors, tmp_path / "a.safetensors", facts | {"concepts.digest": digest(tensors, facts)})
+    with pytest.raises(CarrierFileError, match="not a whole concept"):
+        read_concept(tmp_path / "a.safetensors")
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+    from concepts.carriers import files
+
+    monkeypatch.setattr(files, "LARGEST", 100)
+    with pytest.raises(CarrierFileError, match="more than this pack reads .100.; save it without training_state"):
+        write_concept(golden(), tmp_path / "mug.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_an_interrupt_keeps_the_last_step(toy, monkeypatch):
     monkeypatch.setattr(Progress, "show", stop)
     with pytest.raises(management.InterruptProcessingException):
         learn(toy, name="stopped")
-    (file,) = folders.dictionaries().glob("stopped-*.safetensors")
+    (file,) = folders.dictionaries().glob("stopped*.safetensors")
     monkeypatch.undo()
     kept, whole = read_dictionary(file), learn(toy)
     assert kept.info["learned"]["steps"] == 5 and kept.state["losses"].tolist() == whole.losses[:5]
@@ -164,7 +164,7 @@ def test_memory_that_runs_out_keeps_the_last_step_and_says_what_to_lower(toy, mo
     monkeypatch.setattr(Stream, "batch", full)
     with pytest.raises(management.OOM_EXCEPTION, match="batch 256 and expansion 2: lower the batch or the expansion"):
         learn(toy, name="full")
-    (file,) = folders.dictionaries().glob("full-*.safetensors")
+    (file,) = folders.dictionaries().glob("full*.safetensors")
     assert read_dictionary(file).info["learned"]["steps"] == 3
 
 

@@ -118,11 +118,13 @@ def test_interrupts_keep_the_concept_and_the_host(toy, mug_set, monkeypatch):
                 management.interrupt_current_processing()  # what the Cancel button does
             show(self, done, *pictures)
 
+        there = set(fresh.saved.parent.iterdir())
         monkeypatch.setattr(learning.Progress, "show", pressed)
         with pytest.raises(management.InterruptProcessingException):
             learn(toy, mug_set, steps=12)
         monkeypatch.setattr(learning.Progress, "show", show)
-        kept = read_concept(fresh.saved)
+        (file,) = set(fresh.saved.parent.iterdir()) - there
+        kept = read_concept(file)
         assert kept.info["steps"] == stop
         assert kept.state["losses"].tolist() == fresh.losses[:stop]
         assert same(weights(toy), before) and torch.equal(sampled(toy), picture)
@@ -156,9 +158,10 @@ def made_by(kind: str, toy, data, earlier=None, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_an_interrupt_keeps_what_any_learner_has_done(toy, mug_set, kind, monkeypatch):
-    """Weights of the model are as before, and the file goes on to what an unbroken run gives."""
+    """Weights of the model are as before, the file goes on to what an unbroken run gives, and that one's is left."""
     import comfy.model_management as management
 
+    from concepts.host import folders
     from concepts.host import learn as learning
 
     def run(steps, earlier=None):
@@ -167,7 +170,7 @@ def test_an_interrupt_keeps_what_any_learner_has_done(toy, mug_set, kind, monkey
             return learning.learn(session, preview_every=0, save_every=0, checkpointing="off")
 
     before, whole = weights(toy), run(4)
-    show = learning.Progress.show
+    there, show = set(folders.output("autosave").iterdir()), learning.Progress.show
 
     def pressed(self, done, *pictures):
         if done == 2:
@@ -178,7 +181,9 @@ def test_an_interrupt_keeps_what_any_learner_has_done(toy, mug_set, kind, monkey
     with pytest.raises(management.InterruptProcessingException):
         run(4)
     monkeypatch.setattr(learning.Progress, "show", show)
-    kept = read_concept(whole.saved)
+    (file,) = set(folders.output("autosave").iterdir()) - there
+    kept = read_concept(file)
+    assert read_concept(whole.saved).info["steps"] == 4
     assert kept.info["steps"] == 2 and same(weights(toy), before) and not management.in_training
     rest = run(2, kept)
     assert same(rest.concept.tensors, whole.concept.tensors) and same(rest.concept.state, whole.concept.state)
@@ -247,12 +252,33 @@ def test_learning_lowers_the_loss(toy, mug_set):
     assert done.previews.shape[0] > 2 and torch.isfinite(done.previews).all()
 
 
+def test_an_interrupt_behind_the_last_step_keeps_the_run(toy, mug_set, monkeypatch):
+    import comfy.model_management as management
+
+    from concepts.host import folders
+    from concepts.host.session import Session
+
+    there, fixed, calls = set(folders.output("autosave").glob("*")), Session.fixed_loss, []
+
+    def pressed(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise management.InterruptProcessingException()
+        return fixed(self)
+
+    monkeypatch.setattr(Session, "fixed_loss", pressed)
+    with pytest.raises(management.InterruptProcessingException):
+        learn(toy, mug_set, steps=1)
+    (file,) = set(folders.output("autosave").glob("*")) - there
+    assert read_concept(file).info["steps"] == 1
+
+
 def test_a_diverging_run_keeps_the_last_good_state(toy, mug_set):
     with pytest.raises(Diverged, match="lower learning rate") as error:
         learn(toy, mug_set, steps=20, learning_rate=1e30)
     from concepts.host import folders
 
-    name = next(w for w in str(error.value).split() if w.startswith("mug-"))
+    name = next(w for w in str(error.value).split() if w.endswith(".safetensors"))
     kept = read_concept(folders.output("autosave") / name)
     assert 0 < kept.info["steps"] < 20
 
@@ -264,8 +290,25 @@ def test_a_full_disk_does_not_end_the_learning(toy, mug_set, monkeypatch, tmp_pa
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setattr(learning.folders, "output", lambda *inner: tmp_path / "file")
     done = learn(toy, mug_set)
-    assert len(done.losses) == 4 and done.trouble
+    assert len(done.losses) == 4 and done.trouble and done.saved is None
     assert "NOT SAVED" in learned_text(done)
+
+
+def test_a_file_that_cannot_be_written_leaves_no_empty_one(tmp_path):
+    from concepts.carriers.errors import CarrierFileError
+    from concepts.host.learn import Kept
+
+    def full(what, path):
+        raise CarrierFileError("No space left on device")
+
+    kept = Kept(tmp_path, "mug", full)
+    assert "No space" in kept.put(None) and kept.file is None and not list(tmp_path.iterdir())
+    kept.write = lambda what, path: path.write_text(what)
+    assert not kept.put("first") and not kept.put("second") and kept.file.read_text() == "second"
+    kept.write = full
+    assert kept.put("third") and kept.file.read_text() == "second"
+    other = Kept(tmp_path, "mug", lambda what, path: path.write_text(what))
+    assert not other.put("other") and other.file != kept.file and kept.file.read_text() == "second"
 
 
 @pytest.mark.parametrize(
@@ -403,11 +446,13 @@ def test_running_out_of_memory_says_what_to_lower_and_keeps_the_concept(toy, mug
             raise management.OOM_EXCEPTION("CUDA out of memory")
         return step_loss(self, parameters, step, micro)
 
+    there = set(fresh.saved.parent.iterdir())
     monkeypatch.setattr(learning.Session, "step_loss", full)
     with pytest.raises(management.OOM_EXCEPTION, match="lower the batch.*smaller.*checkpointing"):
         learn(toy, mug_set, steps=4)
     monkeypatch.undo()
-    kept = read_concept(fresh.saved)
+    (file,) = set(fresh.saved.parent.iterdir()) - there
+    kept = read_concept(file)
     assert kept.info["steps"] == 3 and kept.state["losses"].tolist() == fresh.losses[:3]
     assert same(learn(toy, mug_set, earlier=kept, steps=1).concept.tensors, fresh.concept.tensors)
 

@@ -286,7 +286,7 @@ def test_an_interrupt_keeps_the_concept_and_the_host(flux, monkeypatch):
     with pytest.raises(management.InterruptProcessingException):
         learn(flux, steps=9, seed=11)
     monkeypatch.undo()
-    newest = max(folders.output("autosave").glob("p-*.safetensors"), key=lambda f: f.stat().st_mtime)
+    newest = max(folders.output("autosave").glob("p*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
     assert read_concept(newest).info["steps"] == 3 and hooks(flux) == 0
     rest = learn(flux, earlier=read_concept(newest), steps=6, seed=11)
     assert same(rest.concept.tensors, learn(flux, steps=9, seed=11).concept.tensors)
