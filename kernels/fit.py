@@ -94,7 +94,8 @@ class Sphere:
     """Directional Textual Inversion (Riemannian SGD): each vector keeps its norm and learns its direction.
 
     The prior -kappa mu.v pulls towards ``mean`` (unit vectors of the class word, [..., width] per parameter); the
-    tangent gradient is divided by its own norm before the step, as the authors' code does.
+    tangent gradient is divided by its own norm before the step, as the authors' code does. Vectors that this step did
+    not use, whose gradient is zero, stay: divided so, the prior alone would be a whole step.
     """
 
     mean: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -110,14 +111,14 @@ class Sphere:
         """One step in place along the geodesic's chord, then back onto the sphere."""
         for key, parameter in parameters.items():
             radius = state[f"radius.{key}"]
-            unit = parameter / radius
+            unit, used = parameter / radius, (parameter.grad != 0).any(-1, keepdim=True)
             grad = parameter.grad * radius  # gradient with respect to the unit vector
             if key in self.mean:
                 grad = grad - self.kappa * self.mean[key]
             tangent = grad - (grad * unit).sum(-1, keepdim=True) * unit
             length = tangent.norm(dim=-1, keepdim=True)
             moved = unit - self.learning_rate * tangent / length.clamp_min(1e-20)
-            parameter.copy_(moved / moved.norm(dim=-1, keepdim=True) * radius)
+            parameter.copy_(torch.where(used, moved / moved.norm(dim=-1, keepdim=True) * radius, parameter))
 
 
 @dataclass(frozen=True)

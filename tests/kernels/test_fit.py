@@ -128,9 +128,19 @@ def test_unit_rows_against_torch():
 def test_sphere_prior_pulls_towards_the_word():
     word = torch.nn.functional.normalize(torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
     parameters = {"a": torch.ones(2, 6)}
-    for _ in fit(parameters, lambda p, s, m: 0 * p["a"].sum(), Sphere({"a": word}, 0.02, kappa=1.0), 200):
+    for _ in fit(parameters, lambda p, s, m: 1e-6 * p["a"].sum(), Sphere({"a": word}, 0.02, kappa=1.0), 200):
         pass
     assert (torch.cosine_similarity(parameters["a"].detach(), word, -1) > 0.99).all()
+
+
+def test_sphere_leaves_vectors_that_a_step_did_not_use():
+    """As those of other stages: the prior alone, divided by its own length, would be as long as a step that learns."""
+    before = torch.nn.functional.normalize(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    word, parameters = before.flip(0), {"a": before.clone()}
+    for _ in fit(parameters, lambda p, s, m: p["a"][1, 0], Sphere({"a": word}, 0.02), 5):
+        pass
+    assert torch.equal(parameters["a"].detach()[::2], before[::2])
+    assert not torch.equal(parameters["a"].detach()[1], before[1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
