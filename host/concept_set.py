@@ -113,12 +113,15 @@ def make_set(
     latents, weights, words, flips = [], [], [], []
     for number, picture in enumerate(pictures):
         cover = covers[number] if covers else None
-        if cover is not None and not bool(cover.any()):
-            raise ValueError(f"The mask of picture {number + 1} is empty; paint the concept or disconnect the masks.")
         if cover is not None and cover.shape != picture.shape[1:]:
             cover = F.interpolate(cover[None, None], picture.shape[1:], mode="bilinear")[0, 0]
         stack = picture if cover is None else torch.cat([picture, cover[None].to(picture)])
         stack = fitted(stack, resolution, multiple)
+        if cover is not None and not bool(stack[3:].any()):
+            raise ValueError(
+                f"The mask of picture {number + 1} is empty, or lies in the rim that is cropped off; paint the concept "
+                "or disconnect the masks."
+            )
         for flip in (False, True) if mirror else (False,):
             view = stack.flip(-1) if flip else stack
             latent = vae.encode(view[:3].movedim(0, -1)[None].contiguous())[0].float().cpu()

@@ -76,6 +76,8 @@ class DictionaryLearned:
     trouble: str
     """Why it is not on disk; empty when it is."""
     seconds: float
+    apart: bool
+    """Whether it was measured on prompts that it never learned from."""
 
 
 class Stream:
@@ -290,7 +292,7 @@ def learn_dictionary(
             parameter.requires_grad_(False)
         dictionary = named(clip, session.dictionary(last, losses), corpus)
     trouble = kept.put(dictionary)
-    return DictionaryLearned(dictionary, losses, kept.file, trouble, time.monotonic() - began)
+    return DictionaryLearned(dictionary, losses, kept.file, trouble, time.monotonic() - began, corpus.apart)
 
 
 def learned_text(done: DictionaryLearned) -> str:
@@ -300,8 +302,8 @@ def learned_text(done: DictionaryLearned) -> str:
         f"{own.name}: {info['learned']['steps']} steps in {done.seconds:.1f} s, {own.size} latents for {own.width} "
         "numbers",
         f"loss: {info['loss_first']:.4f} first, {info['loss_last']:.4f} last",
-        f"on {info['measured_tokens']} tokens of other prompts: unexplained variance (FVU) {info['fvu']:.4f}, active "
-        f"latents (L0) {info['l0']:.1f}",
+        f"on {info['measured_tokens']} tokens of {'other' if done.apart else 'the same'} prompts: unexplained variance "
+        f"(FVU) {info['fvu']:.4f}, active latents (L0) {info['l0']:.1f}",
         f"dead latents: {100 * info['dead']:.1f}%; silent in {info['silent_tokens']} measured tokens: "
         f"{100 * info['silent']:.1f}%",
         f"NOT SAVED: {done.trouble}" if done.trouble else f"saved: output/dictionaries/{done.saved.name}",

@@ -68,6 +68,11 @@ class LoraSession(Session):
         Raises: ValueError and CarrierMismatch when these do not fit each other.
         """
         super().__init__(model, clip, data, settings, earlier)
+        if earlier and earlier.kind != self.kind:
+            raise CarrierMismatch(
+                f"Concept <{earlier.name}> is made of {earlier.kind}, and only a LoRA can be continued here; connect "
+                "it to tokens if its rows are to be named."
+            )
         self.chosen = lora.layers(model, settings.targets, settings.single_blocks)
         self.tokens = _rows_of(tokens) if tokens else (as_tokens(earlier) if earlier else None)
         self.residuals = [_plain(_rows_of(r)) for r in residuals]

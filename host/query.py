@@ -13,7 +13,7 @@ from .matching import Matches, joined, points
 from .progress import Progress
 from .prompt import encode_prompt
 from .query_points import TooFew, read_before, same_pictures
-from .refine import Refined, RefineSession, RefineSettings, refine
+from .refine import Refined, RefineSession, RefineSettings, check, refine
 
 SHOWN = 40
 """Lines in the picture of the matches."""
@@ -118,11 +118,12 @@ def refined(
 
     ``sampling``: the keywords of ``sampled``; ``generated``: the picture as a LATENT, which is then not sampled;
     ``features``: DIFT's of the references, which are then not read.
-    What is wrong with the references is told before anything is sampled.
-    Raises: ValueError instead of handing back the concept as it is, when ``strict``; as ``sampled``, ``refine``,
-    ``read_before``, ``same_pictures`` and ``references_of`` do.
+    What is wrong with settings, concept, texts and references is told before anything is sampled.
+    Raises: ValueError instead of handing back the concept as it is, when ``strict``; as ``check``, ``sampled``,
+    ``refine``, ``read_before``, ``same_pictures`` and ``references_of`` do.
     """
     texts = (reference_text.strip() or f"a photo of <{concept.name}>", text)
+    check(settings, concept, texts)
     single(latent if generated is None else generated)
     if features is not None:
         read_before(model, features, len(images), images.shape[1:3])

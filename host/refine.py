@@ -98,13 +98,31 @@ class Refined:
     """Why the concept is as it was; empty when it is refined."""
 
 
+def check(settings: RefineSettings, concept: Concept, texts: tuple[str, str]) -> None:
+    """``texts``: of the references and of the picture. Raises: CarrierMismatch for another kind of concept; ValueError
+    for an unknown setting, for weights of nothing, and for a text that does not name the concept alone."""
+    if concept.kind not in ("tokens", "delta"):
+        raise CarrierMismatch(
+            f"Concept <{concept.name}> is made of {concept.kind}, and one step for one prompt is for vectors or "
+            "low-rank weights; connect one from Learn Concept Tokens (mapper none), Residual Tokens, K/V Tokens or "
+            "LoRA."
+        )
+    for value, known in ((settings.distance, DISTANCES), (settings.loss_text, TEXTS)):
+        if value not in known:
+            raise ValueError(f"Unknown choice {value!r}; known: {', '.join(known)}.")
+    if not (settings.self_attention or settings.cross_attention or settings.diffusion):
+        raise ValueError("All weights are 0, so there is nothing to follow; set one above 0.")
+    for text in texts:
+        if set(NAMED.findall(text)) != {concept.name}:
+            raise ValueError(f"The text {text!r} must name <{concept.name}> and no other concept; write it so.")
+
+
 class RefineSession(Session):
     """A learned concept, references, and behind them the picture that a prompt made.
 
     ``data``: references of one size and the picture; captions that hold ``<name>``; masks of the references, or None
-    for the word's own map; ``features``: DIFT's of the references (``read_before``), which else are read here. Raises:
-    CarrierMismatch for another kind of concept or another model; ValueError for an unknown setting, and for a text that
-    does not name the concept alone; as ``read_before`` does.
+    for the word's own map; ``features``: DIFT's of the references (``read_before``), which else are read here.
+    Raises: as ``check`` does; CarrierMismatch for another model.
     """
 
     def __init__(
@@ -118,20 +136,9 @@ class RefineSession(Session):
     ):
         super().__init__(model, clip, data, settings)
         self.features = features
-        if concept.kind not in ("tokens", "delta"):
-            raise CarrierMismatch(
-                f"Concept <{concept.name}> is made of {concept.kind}, and one step for one prompt is for vectors or "
-                "low-rank weights; connect one from Learn Concept Tokens (mapper none), Residual Tokens, K/V Tokens or "
-                "LoRA."
-            )
-        for value, known in ((settings.distance, DISTANCES), (settings.loss_text, TEXTS)):
-            if value not in known:
-                raise ValueError(f"Unknown choice {value!r}; known: {', '.join(known)}.")
+        check(settings, concept, (data.captions[0][0], data.captions[-1][0]))
         self.kind, self.given, self.tokens, self.last = concept.kind, concept, as_tokens(concept), len(data.latents) - 1
         self.places = lora.places(model, concept) if concept.kind == "delta" else {}
-        for text in [data.captions[0][0], data.captions[-1][0]]:
-            if set(NAMED.findall(text)) != {concept.name}:
-                raise ValueError(f"The text {text!r} must name <{concept.name}> and no other concept; write it so.")
         at = settings.timestep if settings.timestep >= 0 else None
         self.wants = preset(model, "PDM", [], timestep=at, noise=settings.noise)
         self.passes = 2 * self.last + 1
@@ -289,8 +296,6 @@ class RefineSession(Session):
                 [r.picture for r in noised], torch.cat([r.sigma for r in noised]), torch.stack(denoised)
             )
             found["diffusion"] = s.diffusion * error
-        if not found:
-            raise ValueError("All weights are 0, so there is nothing to follow; set one above 0.")
         self.measured.append({k: float(v.detach()) for k, v in found.items()})
         return found
 

@@ -126,7 +126,7 @@ class Session:
         if self.earlier.kind != self.kind or any(have.get(k) != shape for k, shape in wanted.items()):
             raise CarrierMismatch(
                 f"Concept <{self.earlier.name}> holds {_brief(have)}, this node would learn {_brief(wanted)}; continue "
-                "with the same node, model, encoders and number of vectors."
+                "with the same node, model, encoders and widgets, such as vectors, layers, stages, mapper and rank."
             )
         return found
 

@@ -73,10 +73,11 @@ class SaveCarrier(io.ComfyNode):
             if workflow and folders.metadata_allowed()
             else {}
         )
+        name = filename.strip() or concept.name
         target = write_new(
             concept if state else replace(concept, state={}),
             folders.home(folder, concept),
-            filename.strip() or concept.name,
+            name.replace(" ", "_") if folder == "embeddings" else name,  # a prompt's embedding:name ends at a blank
             {k: json.dumps(v) for k, v in notes.items() if v is not None},
         )
         shown = f"{folder}/{target.name}"

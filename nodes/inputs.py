@@ -7,15 +7,13 @@ from ..kernels.draws import LAWS
 from .sockets import Concept, ConceptSet
 
 
-def sources(name: str) -> list:
-    """Model, text encoders, pictures, and the concept's name."""
+def sources(name: str, said: str = "write <name> in prompts") -> list:
+    """Model, text encoders, pictures, and the concept's name; ``said``: how prompts call it."""
     return [
         io.Model.Input("model", tooltip="Model to learn against. It stays as it is."),
-        io.Clip.Input("clip", tooltip="The model's text encoders; the learned vectors go into their input."),
+        io.Clip.Input("clip", tooltip="The model's text encoders, which read the captions. They stay as they are."),
         ConceptSet.Input("concept_set", tooltip="From Make Concept Set."),
-        io.String.Input(
-            "name", default=name, tooltip="Name of the concept: write <name> in prompts. Letters, digits, - and _."
-        ),
+        io.String.Input("name", default=name, tooltip=f"Name of the concept: {said}. Letters, digits, - and _."),
     ]
 
 
@@ -124,7 +122,8 @@ def keeping() -> list:
             options=["auto", "on", "off"],
             default="auto",
             advanced=True,
-            tooltip="Recompute blocks instead of keeping them: about a third slower, far less memory, the same result.",
+            tooltip="Recompute blocks instead of keeping them: a third to nearly twice the time, far less memory, the "
+            "same result.",
         ),
     ]
 
@@ -141,12 +140,10 @@ def continued() -> list:
     ]
 
 
-def outputs() -> list:
-    """What every learner gives."""
+def outputs(user: str = "Concept Prompt") -> list:
+    """What every learner gives; ``user``: the nodes that draw with it."""
     return [
-        Concept.Output(
-            display_name="concept", tooltip="The learned concept. Connect to Concept Prompt or Save Concept."
-        ),
+        Concept.Output(display_name="concept", tooltip=f"The learned concept. Connect to {user} or Save Concept."),
         io.Image.Output(display_name="loss_curve", tooltip="Loss per step and its running mean."),
         io.LossMap.Output(display_name="loss_map", tooltip="The losses, for the host's Plot Loss Graph."),
         io.Latent.Output(

@@ -22,7 +22,7 @@ class LearnLora(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             inputs=[
-                *shared.sources("mug"),
+                *shared.sources("mug", "with tokens, prompts say <name>, and else token_text"),
                 io.String.Input(
                     "token_text",
                     default="",
@@ -129,7 +129,7 @@ class LearnLora(io.ComfyNode):
                     "tokens began at (AttnDreamBooth: 2). 0: none. SD1.5, SD2 and SDXL.",
                 ),
             ],
-            outputs=shared.outputs(),
+            outputs=shared.outputs("Apply Concept, with tokens to Concept Prompt too,"),
         )
 
     @classmethod
@@ -158,7 +158,7 @@ class LearnLora(io.ComfyNode):
             settings,
             values.get("continue_from"),
             tokens=values.get("tokens"),
-            residuals=tuple(residuals or ()),
+            residuals=tuple(r for r in residuals or () if r is not None),
             prior=values.get("class_set"),
         )
         _, given, text = shared.run(session, values)

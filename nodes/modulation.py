@@ -23,7 +23,7 @@ class LearnModulation(io.ComfyNode):
             search_aliases=["tokenverse", "saeper", "modulation", "adaln", "multi concept", "train"],
             is_output_node=True,
             inputs=[
-                *shared.sources("picture1"),
+                *shared.sources("picture1", "write <name:word> in prompts, with a word of the captions"),
                 io.String.Input(
                     "captions",
                     default=EXAMPLE,

@@ -1,6 +1,7 @@
 """Learning one target and a residual per picture (ConceptPrism)."""
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from . import inputs as shared
 from .sockets import Concept
@@ -186,6 +187,8 @@ class LearnResiduals(io.ComfyNode):
         given = (*given[:-1], text)
         residuals = session.residuals()
         prompts = [f"a photo of <{concept.name}>" for concept in residuals]
+        if not residuals:  # the host cannot walk an empty list, and what would draw them has nothing to do
+            residuals, prompts = [None], [ExecutionBlocker(None)]
         return io.NodeOutput(*given, residuals, prompts, ui={"text": (text,)})
 
 

@@ -80,6 +80,14 @@ def test_what_does_not_match_is_refused(toy, images, masks, texts, message):
         build(toy, [picture(n=n) for (n,) in images], masks, texts)
 
 
+def test_a_mask_in_the_rim_that_is_cropped_off_is_empty(toy):
+    """It would count the whole picture."""
+    mask = torch.zeros(1, 100, 71)
+    mask[0, :, 0] = 1
+    with pytest.raises(ValueError, match="mask of picture 1 is empty, or lies in the rim"):
+        build(toy, [picture(100, 71)], [mask])
+
+
 def test_draws_depend_on_the_seed_alone(toy):
     made = build(toy, [picture(n=5)])
     draws = [made.draw(7, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]

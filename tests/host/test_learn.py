@@ -327,7 +327,7 @@ def test_wrong_settings_say_what_to_do(toy, mug_set, changes, message):
 
 def test_continuing_another_shape_is_refused(toy, mug_set):
     earlier = learn(toy, mug_set).concept
-    with pytest.raises(CarrierMismatch, match="number of vectors"):
+    with pytest.raises(CarrierMismatch, match="widgets, such as vectors"):
         learn(toy, mug_set, earlier=earlier, vectors=3)
     with pytest.raises(ValueError, match="geometry"):
         learn(toy, mug_set, earlier=earlier, geometry="fixed norm")

@@ -426,6 +426,11 @@ def test_what_does_not_fit_is_refused(toy, mug_set):
         LoraSession(toy[0], toy[1], mug_set, settings(class_pictures=2))
 
 
+def test_tokens_cannot_be_continued(toy, mug_set):
+    with pytest.raises(CarrierMismatch, match="only a LoRA can be continued here; .*connect it to tokens"):
+        learn(toy, mug_set, earlier=rows(), token_text="sks mug")
+
+
 def test_places_for_files(toy, mug_set):
     from concepts.host import folders
 

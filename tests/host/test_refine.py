@@ -310,6 +310,11 @@ def test_wrong_references_are_told_before_sampling(toy, monkeypatch):
             query.refined(*given, features=features)
         with pytest.raises(ValueError, match="not refined. A reference's mask is empty"):
             query.refined(*given, mask=torch.zeros(4, 128, 128), strict=True)
+        with pytest.raises(ValueError, match="'a photo of a mug' must name <mug>"):
+            query.refined(*given, reference_text="a photo of a mug")
+        nothing = settings(self_attention=0.0, cross_attention=0.0, diffusion=0.0)
+        with pytest.raises(ValueError, match="All weights are 0"):
+            query.refined(*given[:7], nothing, {})
 
 
 def test_rows_per_stage_layer_and_role(host):

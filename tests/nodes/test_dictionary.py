@@ -37,7 +37,7 @@ def test_trained_loaded_and_continued(client, server):
     made = trained(graph("13"))
     (learner,) = keys(made, "ConceptTrainDictionary")
     text = run(client, made)[learner]["text"][0]
-    assert "40 steps" in text and "FVU" in text and "saved: output/dictionaries/served-" in text
+    assert "40 steps" in text and "FVU" in text and "saved: output/dictionaries/served" in text
     file = text.split("saved: output/dictionaries/")[1].splitlines()[0]
     assert (server.folder("output") / "dictionaries" / file).exists()
     made["load"] = {"class_type": "ConceptLoadDictionary", "inputs": {"file": file, "k": 0}}
