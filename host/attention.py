@@ -185,9 +185,13 @@ def _overridden(options: dict, override: Callable) -> dict:
 def maps_of(columns: torch.Tensor, follow_queries: bool = False) -> Callable:
     """A ``look`` that records columns [1 or b, m, c] of the maps, [b, n, c], out of the attention's own softmax."""
 
+    repeated: dict[tuple, torch.Tensor] = {}
+
     def look(q, k, v, heads, reference):
-        own, times = columns.to(q.device), k.shape[1] // columns.shape[1]
-        return attend(q, k, v, heads, own.repeat(1, times, 1) if times > 1 else own, follow_queries)
+        which = q.device, max(1, k.shape[1] // columns.shape[1])
+        if which not in repeated:  # a pass has many layers, and all ask for the same
+            repeated[which] = columns.to(q.device).repeat(1, which[1], 1)
+        return attend(q, k, v, heads, repeated[which], follow_queries)
 
     return look
 

@@ -18,6 +18,8 @@ from .loading import STREAMED, copied, fits, make_room, reuses, static
 NORMS = ("LayerNorm", "T5LayerNorm", "RMSNorm")
 OF_HEADS = ("query_norm", "key_norm", "q_norm", "k_norm", "norm_q", "norm_k", "ln_q", "ln_k")
 """What models call norms of queries and keys."""
+UNSPOILT = ("BasicTransformerBlock",)
+"""Blocks that add to new tensors (attention.py); SDXL has 210 norms in them, and every copy is a call."""
 AROUND = "concept_around"
 """Key in ``transformer_options``: functions (block) -> context manager, open while a block is computed once more."""
 BLOCKS = (
@@ -63,7 +65,7 @@ def ordinary(tensor: torch.Tensor) -> torch.Tensor:
 def safe_residuals(*modules: torch.nn.Module):
     """Gives every norm its own copy of its input, so that a later in-place residual cannot spoil the gradient.
 
-    Those of queries and keys stand in no residual stream.
+    Those of queries and keys stand in no residual stream, and some blocks leave theirs as it is.
     """
 
     def own_input(module, args):
@@ -72,8 +74,10 @@ def safe_residuals(*modules: torch.nn.Module):
     handles = [
         part.register_forward_pre_hook(own_input)
         for module in modules
-        for name, part in module.named_modules()
-        if type(part).__name__ in NORMS and name.rpartition(".")[2] not in OF_HEADS
+        for block in module.modules()
+        if type(block).__name__ not in UNSPOILT
+        for name, part in block.named_children()
+        if type(part).__name__ in NORMS and name not in OF_HEADS
     ]
     try:
         yield

@@ -52,7 +52,7 @@ def fused(q, k, v, columns):
     both = torch.cat([v, own.expand(*v.shape[:2], -1, -1)], -1)
     found = F.scaled_dot_product_attention(q, k, both, scale=scale)
     out, maps, _ = found.split([wide, count, found.shape[-1] - wide - count], -1)
-    return out.contiguous(), widened(maps).mean(1)
+    return out, maps.mean(1, dtype=torch.promote_types(maps.dtype, torch.float32))
 
 
 def _pieces(q, k, v, columns, more: int):
