@@ -244,6 +244,22 @@ def test_every_family_shows_where_it_looks(family, mug_set):
     assert seen is not None and seen.shape[-1] == 3 and bool(torch.isfinite(seen).all()) and float(seen.std()) > 0
 
 
+def test_a_caption_that_one_encoder_cuts_ends_no_run(mug_set):
+    """The rows of SDXL's two encoders are cut to the shorter, so columns of the longer one are too many."""
+    from concepts.host.gradients import training
+    from concepts.host.learn_tokens import TokenSession
+
+    made = tiny("sdxl")
+    with torch.inference_mode():
+        texts = ("a {} on" + " sand" * 50,)
+        data = replace(mug_set, latents=(made.latent,), masks=(None,), captions=(texts,), mirrored=(False,))
+        session = TokenSession(made.model, made.clip, data, settings(vectors=32, encoders=("clip_g",)))
+        with training(made.model, made.clip.patcher):
+            session.begin()
+            seen = session.seen()
+    assert seen is not None and bool(torch.isfinite(seen).all())
+
+
 @pytest.mark.slow
 def test_learning_lowers_the_loss(toy, mug_set):
     done = learn(toy, mug_set, steps=60, batch=4, learning_rate=0.02)
