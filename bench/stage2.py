@@ -1,6 +1,6 @@
 """What a LoRA adds: ConceptPrism's second stage on frozen tokens against DreamBooth-LoRA, along the steps.
 
-The twelve prompts of the fidelity case after 40, 80, ... steps of Learn Concept LoRA, with the tokens and residuals of
+The twelve prompts of the fidelity case after 0, 40, 80, ... steps of Learn Concept LoRA, with the tokens and residuals of
 ConceptPrism's first stage or with a rare word before the class word. Every row is kept in results/stage2.jsonl.
 ``nox -s bench -- stage2 [SEEDS] [CONCEPT ...]``
 """
@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from demo import world
+from demo import measure, world
 
 from . import arms, prism
 
 SETTINGS = {"batch": 2, "learning_rate": 1e-3, "rank": 4, "time_low": 0.5}
 PART = 40
 STEPS = {"tokens": (40, 80, 120), "DreamBooth": (40, 80, 120, 200)}
-METHODS = ["tokens", *(f"{base} + {steps}" for base, parts in STEPS.items() for steps in parts)]
+METHODS = [*STEPS, *(f"{base} + {steps}" for base, parts in STEPS.items() for steps in parts)]
 RARE = "sks"
 
 
@@ -61,29 +61,34 @@ def measured(parts, eyes, name: str, seed: int, method: str) -> dict:
     return arms.drawn(parts, eyes, name, seed, word, *concepts, model=model)
 
 
-def at_equal_fidelity(rows: list[dict]) -> float:
-    """Mean over concepts and seeds of following (tokens + 120) minus DreamBooth's where its fidelity is the same.
-
-    DreamBooth's following is interpolated between its steps; outside their range the nearest step counts.
+def at_equal_fidelity(rows: list[dict]) -> dict:
+    """Of concepts and seeds: following (tokens + 120) minus DreamBooth's where its fidelity is the same, interpolated
+    between its steps, with interval; in how many pairs its steps reach that fidelity, which alone count; of how many.
     """
-    found = []
-    for key in {(r["concept"], r["seed"]) for r in rows}:
+    found, of = {}, 0
+    for key in sorted({(r["concept"], r["seed"]) for r in rows}):
         mine = {r["method"]: r for r in rows if (r["concept"], r["seed"]) == key}
         if not set(METHODS) <= set(mine):
             continue
-        curve = sorted(
-            (np.mean(mine[f"DreamBooth + {s}"]["fidelity"]), np.mean(mine[f"DreamBooth + {s}"]["following"]))
-            for s in STEPS["DreamBooth"]
-        )
+        of += 1
+        theirs = [mine[m] for m in METHODS if m.startswith("DreamBooth")]
+        curve = sorted((np.mean(r["fidelity"]), np.mean(r["following"])) for r in theirs)
         ours = mine["tokens + 120"]
-        found.append(np.mean(ours["following"]) - np.interp(np.mean(ours["fidelity"]), *zip(*curve, strict=True)))
-    return float(np.mean(found)) if found else float("nan")
+        fidelity = np.mean(ours["fidelity"])
+        if curve[0][0] <= fidelity <= curve[-1][0]:
+            found[key] = np.mean(ours["following"]) - np.interp(fidelity, *zip(*curve, strict=True))
+    names = [name for name, _ in found]
+    return {
+        "difference": measure.bootstrap([*found.values()], names) if found else None,
+        "comparable": len(found),
+        "of": of,
+    }
 
 
 def main(options, rest) -> int:
     rows = arms.rows_of("stage2", METHODS, prism.NAMES, rest, measured)
     table = arms.table(rows, METHODS, ("fidelity", "following"), "tokens", ("fidelity", "following"))
     lead = at_equal_fidelity(rows)
-    print(f"prompt following of tokens + 120 minus DreamBooth's at equal fidelity: {lead:+.3f}")
+    print(f"prompt following of tokens + 120 minus DreamBooth's at equal fidelity: {lead}")
     arms.report("stage2", table, settings=SETTINGS, following_at_equal_fidelity=lead)
     return 0
