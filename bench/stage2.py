@@ -1,7 +1,7 @@
 """What a LoRA adds: ConceptPrism's second stage on frozen tokens against DreamBooth-LoRA, along the steps.
 
-The twelve prompts of the fidelity case after 0, 40, 80, ... steps of Learn Concept LoRA, with the tokens and residuals of
-ConceptPrism's first stage or with a rare word before the class word. Every row is kept in results/stage2.jsonl.
+The twelve prompts of the fidelity case after 0, 40, 80, ... steps of Learn Concept LoRA, with the tokens and residuals
+of ConceptPrism's first stage or with a rare word before the class word. Every row is kept in results/stage2.jsonl.
 ``nox -s bench -- stage2 [SEEDS] [CONCEPT ...]``
 """
 

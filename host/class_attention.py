@@ -76,6 +76,4 @@ class ClassAttention:
 def _stacked(columns: list[torch.Tensor], length: int) -> torch.Tensor:
     """Columns [m, c] of several prompts as [b, length, most]: repeated or cut as the context is, filled with zeros."""
     most = max(c.shape[1] for c in columns)
-    return torch.stack(
-        [F.pad(c, (0, most - c.shape[1]))[:length].repeat(max(1, length // len(c)), 1) for c in columns]
-    )
+    return torch.stack([F.pad(c, (0, most - c.shape[1]))[:length].repeat(max(1, length // len(c)), 1) for c in columns])

@@ -12,6 +12,7 @@ import comfy.model_management
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ..carriers.errors import CarrierMismatch
 from ..kernels.precision import fp32_products
 from .loading import STREAMED, copied, fits, make_room, reuses, static
 
@@ -53,6 +54,12 @@ def thaw(patcher) -> None:
             for name, tensor in list(module._buffers.items()):
                 if tensor is not None and needs_thaw(tensor):
                     module._buffers[name] = tensor.clone()
+            hook = getattr(module.__dict__.get("forward"), "__self__", None)
+            adapter = getattr(hook, "adapter", None)  # a LoRA beside the layer (weight_adapter/bypass.py)
+            if isinstance(getattr(adapter, "weights", None), (tuple, list)):
+                adapter.weights = tuple(
+                    w.clone() if torch.is_tensor(w) and needs_thaw(w) else w for w in adapter.weights
+                )
 
 
 def ordinary(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,7 +170,8 @@ def training(*patchers, checkpointing: bool = False, memory: float = 0):
     Loads the patchers whole where the device holds them, makes their weights usable for autograd, and freezes them.
     ``memory``: bytes of activations to leave room for. Hooks, flags, dynamic patchers and the host's ``in_training``
     are put back on the way out, also after an interrupt (a BaseException in newer hosts).
-    Raises: RuntimeError when weights would have to be streamed in through memory that the backward pass needs.
+    Raises: RuntimeError when weights would have to be streamed in through memory that the backward pass needs;
+    CarrierMismatch where another node's patch writes over what the backward pass needs.
     """
     management = comfy.model_management
     with contextlib.ExitStack() as stack:
@@ -191,7 +199,15 @@ def training(*patchers, checkpointing: bool = False, memory: float = 0):
         if hasattr(management, "in_training"):
             stack.callback(setattr, management, "in_training", management.in_training)
             management.in_training = True  # chooses rope and norm kernels that differentiate
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise CarrierMismatch(
+                "A node between the loader and this one writes over values that the gradient needs, as FreeU_V2 does; "
+                "connect the model as it is before that node."
+            ) from error
 
 
 def _frozen(patcher) -> list[torch.nn.Parameter]:

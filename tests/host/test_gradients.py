@@ -1,9 +1,12 @@
 """Gradients through the real host classes equal those of an independent out-of-place autograd mode."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
+
+from concepts.carriers.errors import CarrierMismatch
 
 from .tiny import FAMILIES, tiny
 
@@ -161,6 +164,45 @@ def test_encoders_are_recomputed(family):
         found.append((sum(kept), {k: v.grad for k, v in rows.items()}))
     (whole, plain), (less, recomputed) = found
     assert relative(recomputed, plain) < 1e-5 and less < 0.5 * whole
+
+
+def test_a_patch_that_writes_over_what_the_gradient_needs_is_named():
+    from comfy_extras.nodes_freelunch import FreeU_V2
+
+    from concepts.host.gradients import training
+
+    made = tiny("sd15")
+    made = replace(made, model=FreeU_V2.execute(made.model, 1.3, 1.4, 0.9, 0.2)[0])
+    with pytest.raises(CarrierMismatch, match="connect the model as it is before that node"):
+        loss_and_gradient(made, training(made.model, made.clip.patcher))
+
+
+def test_a_lora_in_bypass_mode_learns_as_an_applied_one():
+    """Its factors are inference tensors outside the module."""
+    import comfy.lora
+    import comfy.sd
+
+    from concepts.host.gradients import training
+
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this host has no bypass")
+    made, draw, found = tiny("sd15"), torch.Generator().manual_seed(1), {}
+    with torch.inference_mode():
+        keys = comfy.lora.model_lora_keys_unet(made.model.model, {})
+        factors = {}
+        for name, key in keys.items():
+            if name.startswith("lora_unet_") and key.endswith("attn2.to_k.weight"):
+                high, wide = made.model.model.get_parameter(key).shape
+                factors[f"{name}.lora_down.weight"] = torch.randn(2, wide, generator=draw)
+                factors[f"{name}.lora_up.weight"] = torch.randn(high, 2, generator=draw) * 0.1
+        for load in (comfy.sd.load_lora_for_models, comfy.sd.load_bypass_lora_for_models):
+            found[load] = replace(made, model=load(made.model, None, factors, 1.0, 0.0)[0])
+    assert len(factors) > 4
+    (expected, theirs), (loss, ours) = (
+        loss_and_gradient(one, training(one.model, one.clip.patcher)) for one in found.values()
+    )
+    assert loss == pytest.approx(expected, rel=1e-4) and relative(ours, theirs) < 1e-3
+    assert loss != loss_and_gradient(made, training(made.model, made.clip.patcher))[0]
 
 
 def test_products_are_quick_where_all_matrices_have_16_bits():
