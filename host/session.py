@@ -239,9 +239,13 @@ def _brief(shapes: Mapping[str, tuple]) -> str:
 
 
 def fingerprint(model) -> str:
-    """Short name of a base model: hash of its parameter names, shapes and a few values of each."""
+    """Short name of a base model: hash of its parameter names, shapes and a few values of each, without patches."""
     digest, alike, first = hashlib.blake2b(digest_size=8), {}, {}
-    named = sorted(model.model.diffusion_model.state_dict().items())
+    held = model.model.diffusion_model.state_dict()
+    for key, kept in model.backup.items():  # the weights themselves hold the patches of whichever clone is loaded
+        own = kept.weight.state_dict(key) if hasattr(kept.weight, "state_dict") else {key: kept.weight}
+        held |= {name: v for k, v in own.items() if (name := k.removeprefix("diffusion_model.")) in held}
+    named = sorted(held.items())
     for name, value in named:
         plain = type(value) in (torch.Tensor, torch.nn.Parameter)
         alike.setdefault((value.device, value.dtype) if plain else name, []).append((name, value.flatten()[:8]))

@@ -79,6 +79,23 @@ def test_the_stock_loader_gives_what_learning_saw(family, tmp_path, caplog):
     assert torch.equal(output(made)[0], plain), "the model itself is as it was"
 
 
+def test_a_base_has_one_fingerprint_whatever_is_loaded(host):
+    """The host writes patches into the weights that all clones share, and leaves them there."""
+    import comfy.model_management
+
+    from concepts.host import lora
+    from concepts.host.session import fingerprint
+
+    model = tiny("sd15").model
+    base = fingerprint(model)
+    with torch.inference_mode():
+        patched = lora.apply(model, random_delta(model), 1.0)
+        comfy.model_management.load_models_gpu([patched])
+        assert patched.backup and fingerprint(model) == fingerprint(patched) == base
+        comfy.model_management.load_models_gpu([model])
+    assert fingerprint(model) == fingerprint(patched) == base
+
+
 @contextlib.contextmanager
 def merged(model, chosen, leaves, scale):
     """Plain autograd through W + scale up down, set in the place of each weight."""

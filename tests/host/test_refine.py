@@ -317,6 +317,21 @@ def test_wrong_references_are_told_before_sampling(toy, monkeypatch):
             query.refined(*given[:7], nothing, {})
 
 
+def test_features_of_the_references_fit_once_a_lora_was_sampled(toy, few):
+    from concepts.host.feature_places import preset
+    from concepts.host.features import extract
+    from concepts.host.query import refined
+
+    model, clip, vae = toy
+    what, images, latent = random_delta(model), drawn()[:1], {"samples": torch.zeros(1, 12, 16, 16)}
+    sampling = {"seed": 0, "steps": 1, "cfg": 1.0, "sampler": "euler", "scheduler": "simple", "denoise": 1.0}
+    with torch.inference_mode():
+        features = extract(model, clip, vae.encode(images), preset(model, "DIFT", [], ensemble=1), "a photo")
+        given = (model, clip, vae, what, TEXTS[1], images, latent, settings(self_attention=0.0), sampling)
+        done, *_ = refined(*given, features=features, strict=True)
+    assert done.info["refined"]["prompt"] == TEXTS[1]
+
+
 def test_rows_per_stage_layer_and_role(host):
     made = tiny("sd15")
     what = concept(made, stages=2, layers=2, roles=2)
