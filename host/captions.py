@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from .concept_set import ConceptSet
-from .text import NAMED, encode_many, encoders, end_to_end, even, ready, variant, with_rows
+from .text import NAMED, encode_many, encoders, end_to_end, even, mark_of, mark_rows, ready, variant, with_rows
 from .variants import Grid, with_contexts
 from .words import CAPTION, unmarked
 
@@ -40,15 +40,16 @@ class Prompts:
         Encoders that learn nothing see the plain ``word`` in the concept's place, and nothing at other marks.
         """
         self.clip, self.slots, self.names = clip, {e.slot: e.key for e in encoders(clip)}, list(counts)
-        self.learned = {key for of_mark in counts.values() for key in of_mark}
+        self.plain: dict[str, dict[str, torch.Tensor]] = {}
+        """Per mark the rows of encoders that learn nothing."""
         table = {}
         for number, (name, of_mark) in enumerate(counts.items()):
+            own = {e.key: e.rows("" if name else word) for e in encoders(clip) if e.key not in of_mark}
+            lengths = {**of_mark, **{key: len(rows) for key, rows in own.items()}}
             table[f"mark-{number}"] = {
-                e.key: (STRIDE * number + torch.arange(of_mark[e.key], dtype=torch.float32))[:, None].repeat(1, e.width)
-                if e.key in of_mark
-                else e.rows("" if name else word)
-                for e in encoders(clip)
+                e.key: mark_rows(STRIDE * number + torch.arange(lengths[e.key]), e.width) for e in encoders(clip)
             }
+            self.plain[name] = own
         marking = with_rows(clip, table)
 
         def marked(match):
@@ -92,10 +93,12 @@ class Prompts:
 
     def _tokens(self, index: int, rows: Rows) -> dict:
         def current(slot, token):
-            if not torch.is_tensor(token) or self.slots.get(slot) not in self.learned:
+            mark = mark_of(token)
+            if mark is None:
                 return token
-            number, row = divmod(int(token[0]), STRIDE)
-            return rows[self.names[number]][self.slots[slot]][row]
+            name, key = self.names[mark // STRIDE], self.slots[slot]
+            own = self.plain[name]
+            return (own if key in own else rows[name])[key][mark % STRIDE]
 
         return {
             slot: [[(current(slot, token), *rest) for token, *rest in chunk] for chunk in chunks]

@@ -16,7 +16,7 @@ from .denoise import noise_time
 from .learn_tokens import chosen_encoders
 from .neti import places, with_bypass
 from .session import RunSettings, Session
-from .text import encoders
+from .text import MARKS, encoders
 from .variants import layers_of
 
 DECAY = 1e-2
@@ -76,7 +76,7 @@ class NetiSession(Session):
             self.clip, texts, s.init_text or "thing", {"": dict.fromkeys((e.key for e in self.encoders), 1)}
         )
         self.prompts.ready()
-        self.places = [places(encoders(self.clip), tokens, 0) for tokens in self.prompts.tokens]
+        self.places = [places(encoders(self.clip), tokens, MARKS) for tokens in self.prompts.tokens]
         return values, Adam(s.learning_rate, decay=DECAY)
 
     def _norm(self, encoder) -> float:

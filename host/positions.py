@@ -8,7 +8,7 @@ import torch
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from .captions import STRIDE
-from .text import NAMED, Encoder, concept_rows, encoders, fill, named_rows, with_rows
+from .text import NAMED, Encoder, concept_rows, encoders, fill, mark_of, named_rows, with_rows
 from .variants import layers_of
 from .words import placed, unmarked
 
@@ -24,11 +24,12 @@ def aligned(encoder: Encoder, tokens: Mapping, reference: Mapping) -> tuple[torc
     for words, _, _ in sides:
         own, inside = [], False
         for token, row in words:
-            if torch.is_tensor(token) and inside:
+            marked = mark_of(token) is not None
+            if marked and inside:
                 own[-1][0].append(row)
             else:
-                own.append(([row], torch.is_tensor(token)))
-            inside = torch.is_tensor(token)
+                own.append(([row], marked))
+            inside = marked
         groups.append(own)
     pairs = list(zip(*groups, strict=True))
     pairs += [(([a], False), ([b], False)) for (_, a), (_, b) in zip(sides[0][1], sides[1][1], strict=False)]
@@ -65,7 +66,7 @@ def learned_columns(model, clip, tokens: Mapping) -> torch.Tensor | None:
     rows, total = [], 0
     for encoder in read_from(model, clip):
         words, _, length = placed(encoder, tokens, total)
-        rows += [row for token, row in words if torch.is_tensor(token) and float(token[0]) < STRIDE]
+        rows += [row for token, row in words if (mark := mark_of(token)) is not None and mark < STRIDE]
         total += length
     columns = torch.zeros(1, total, 1)
     columns[0, rows] = 1 / max(1, len(rows))

@@ -11,7 +11,21 @@ from ..carriers.errors import CarrierMismatch
 from . import modulation, words
 from .gradients import ordinary
 from .neti import places, read, with_bypass
-from .text import NAMED, TOKENS, as_tokens, concept_rows, encoders, end_to_end, even, fill, variant, widths, with_rows
+from .text import (
+    MARKS,
+    NAMED,
+    TOKENS,
+    as_tokens,
+    concept_rows,
+    encoders,
+    end_to_end,
+    even,
+    fill,
+    mark_rows,
+    variant,
+    widths,
+    with_rows,
+)
 from .variants import Grid, attach
 
 
@@ -83,9 +97,9 @@ def _named(clip, text: str, by_name: Mapping[str, tuple[Concept, float]]) -> tup
 
 def _variants(clip, text: str, shown: list[_Shown]) -> tuple[list, object]:
     """CONDITIONING of a filled text, encoded once per variant of its concepts, and the CLIP that knows their rows."""
-    marks = {  # numbers that no learned row begins with, and lengths of the real ones
+    marks = {
         f"concept-{number}": {
-            key: torch.full((value.shape[-2], value.shape[-1]), 1e6 + number) for key, value in own.rows.items()
+            key: mark_rows(torch.full(value.shape[-2:-1], number), value.shape[-1]) for key, value in own.rows.items()
         }
         for number, own in enumerate(shown)
     }
@@ -110,7 +124,7 @@ def _variants(clip, text: str, shown: list[_Shown]) -> tuple[list, object]:
         entries = known[alike(cells)]
         for number, ((stage, layer, role), own) in enumerate(zip(cells, shown, strict=True)):
             if own.bypass and role:
-                found = places(encoders(clip), marked, 1e6 + number)
+                found = places(encoders(clip), marked, MARKS + number)
                 added = {key: value[stage, layer][None] for key, value in own.bypass.items()}
                 entries = [[with_bypass(cond, found, added, own.strength), extra] for cond, extra in entries]
         encoded.append(entries)

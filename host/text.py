@@ -21,6 +21,8 @@ NAMED = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
 TOKENS = "concept_tokens"
 """Key in an entry: what ``clip.tokenize`` gave for its prompt, where its rows are no longer what the encoder says of
 that alone."""
+MARKS = 1e6
+"""What rows that mark a place hold, plus their number: no row of words does, and fp32 still counts there."""
 
 
 class Encoder(NamedTuple):
@@ -136,6 +138,16 @@ def _resolving(tokenizer: SDTokenizer, table) -> SDTokenizer:
 
     own._try_get_embedding = resolve
     return own
+
+
+def mark_rows(numbers: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows [n, width] for ``with_rows`` that only mark a place, by ``numbers`` [n] from 0 on."""
+    return (MARKS + numbers.float())[:, None].repeat(1, width)
+
+
+def mark_of(token) -> int | None:
+    """The number of a token that marks a place; None for words, and for rows of embedding files."""
+    return int(token[0]) - int(MARKS) if torch.is_tensor(token) and float(token[0]) >= MARKS else None
 
 
 def fill(text: str, names: Mapping[str, str]) -> str:

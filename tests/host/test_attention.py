@@ -6,7 +6,7 @@ import torch
 from concepts.carriers.errors import CarrierMismatch
 
 from .test_variants import concept, prompt, sample
-from .tiny import tiny
+from .tiny import embedding, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 UNETS = ("sd15", "sd2", "sdxl")
@@ -238,6 +238,21 @@ def test_columns_of_zero_length_prompts_and_padding():
     assert own[4, column] == 1
     torch.testing.assert_close(reference[4 : 4 + pieces, column], torch.full((pieces,), 1 / pieces))
     assert torch.equal(reference.sum(0), torch.ones(8)) and not reference[7 + pieces :].any()
+
+
+def test_rows_of_embedding_files_are_compared_one_by_one(tmp_path):
+    """They stand in both prompts, and beside the concept they are no part of it."""
+    from concepts.host.captions import Prompts
+    from concepts.host.positions import aligned
+    from concepts.host.text import encoders
+
+    made = tiny("sd15")
+    (encoder,), texts = encoders(made.clip), [f"a {{}} {embedding(made.clip, tmp_path)} on grass"]
+    sides = [Prompts(made.clip, texts, "mug", {"": count}).tokens[0] for count in ({"clip_l": 3}, {})]
+    own, reference, concept = aligned(encoder, *sides)
+    assert concept == [False, True, False, False, False, False, False, False]
+    assert own[:, 1].nonzero().flatten().tolist() == [2, 3, 4] and own.count_nonzero(0).tolist() == [1, 3] + [1] * 6
+    assert reference.count_nonzero(0).tolist() == [1] * 8
 
 
 def test_sampling_is_unchanged_afterwards(unet):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from .test_learn_modulation import pictures
-from .tiny import FAMILIES, tiny
+from .test_variants import concept
+from .tiny import FAMILIES, embedding, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -75,3 +76,21 @@ def test_captions_encoded_together_are_as_each_alone(family, monkeypatch):
         pairs = zip(gradients([e for _, e in together]), gradients([e for _, e in alone]), strict=True)
         assert all(float((a - b).norm() / b.norm()) < 1e-4 for a, b in pairs)
     assert not any("encode" in vars(e.model) for e in found)
+
+
+@pytest.mark.parametrize("size", [0.02, 4.0])
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_rows_of_embedding_files_are_left_alone(family, size, tmp_path):
+    """A caption says what the prompt says, whatever numbers the file holds."""
+    from concepts.host.captions import Prompts
+    from concepts.host.prompt import encode_prompt
+    from concepts.host.variants import Grid
+
+    made = tiny(family)
+    what, text = concept(made), f"a <mug> on {embedding(made.clip, tmp_path, size)} grass"
+    with torch.inference_mode():
+        ((context, _),) = encode_prompt(made.clip, text, [(what, 1.0)])
+        prompts = Prompts(made.clip, [text], "", {"": dict.fromkeys(what.tensors, 2)})
+        prompts.ready()
+        entries, _ = prompts.conditions(Grid.of([what]), what.tensors, [0], torch.tensor([0]))
+    torch.testing.assert_close(entries[0][0], context, rtol=1e-4, atol=1e-5)

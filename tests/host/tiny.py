@@ -190,6 +190,19 @@ def tiny(family: str, **kwargs) -> Tiny:
         )
 
 
+def embedding(given, folder, size=0.02) -> str:
+    """The name of an embedding file of two rows that a CLIP finds, as any other program makes them."""
+    from safetensors.torch import save_file
+
+    from concepts.host.text import encoders
+
+    found, draw = encoders(given), torch.Generator().manual_seed(6)
+    for e in found:
+        e.tokenizer.embedding_directory = [str(folder)]
+    save_file({e.key: size * torch.randn(2, e.width, generator=draw) for e in found}, str(folder / "stock.safetensors"))
+    return "embedding:stock"
+
+
 def stock(given, text):
     """CONDITIONING by the host's own encoding."""
     with torch.inference_mode():
