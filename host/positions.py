@@ -8,7 +8,7 @@ import torch
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from .captions import STRIDE
-from .text import NAMED, Encoder, concept_rows, encoders, fill, mark_of, named_rows, with_rows
+from .text import NAMED, Encoder, concept_rows, encoders, fill, mark_of, mark_rows, named_rows, with_rows
 from .variants import layers_of
 from .words import placed, unmarked
 
@@ -88,7 +88,8 @@ def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str
             continue
         names[name] = f"embedding:place-{number}"
         table[f"place-{number}"] = {
-            key: torch.full(rows.shape[-2:], float(number)) for key, rows in concept_rows(clip, held).items()
+            key: mark_rows(torch.full(rows.shape[-2:-1], number), rows.shape[-1])
+            for key, rows in concept_rows(clip, held).items()
         }
     marking = with_rows(clip, table) if table else clip
     marks = {f"embedding:{place}": int(place.removeprefix("place-")) for place in table}
@@ -98,13 +99,12 @@ def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str
     for encoder in used:
         words, _, length = placed(encoder, tokens, total)
         total += length
-        ids = [int(t) if not torch.is_tensor(t) else ("concept", int(t[0])) for t, _ in words]
+        ids = [None if torch.is_tensor(t) else int(t) for t, _ in words]
         for word in wanted:
             name = NAMED.fullmatch(word)
             shown = names.get(name[1]) if name else None
             if shown in marks:
-                mine = ("concept", marks[shown])
-                rows[word] += [row for i, (_, row) in zip(ids, words, strict=True) if i == mine]
+                rows[word] += [row for token, row in words if mark_of(token) == marks[shown]]
                 continue
             pieces = encoder.ids(shown or unmarked(word)[0])
             for start in range(len(ids) - len(pieces) + 1):

@@ -7,7 +7,7 @@ from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierMismatch
 
 from .test_variants import concept
-from .tiny import KINDS, tiny
+from .tiny import KINDS, embedding, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 TEXT = "a photo of <mug>, grass and a xylophone"
@@ -40,6 +40,24 @@ def test_the_model_draws_the_same_afterwards(made):
     before = sample(made, prompt(made, "a mug"), cfg=1.0, steps=2)
     look(made, ["<mug>"])
     assert torch.equal(sample(made, prompt(made, "a mug"), cfg=1.0, steps=2), before)
+
+
+@pytest.mark.parametrize("size", [0.02, 4.0])
+def test_rows_of_embedding_files_are_no_concepts(made, size, tmp_path):
+    """Two of them shift the concept's rows by two, in prompts and in captions."""
+    from concepts.host.captions import Prompts
+    from concepts.host.positions import columns_of, learned_columns
+
+    file, what = embedding(made.clip, tmp_path, size), concept(made)
+
+    def columns(text):
+        prompts = Prompts(made.clip, [text], "", {"": dict.fromkeys(what.tensors, 2)})
+        found = columns_of(made.model, made.clip, text, [what], ["<mug>"])
+        assert torch.equal(learned_columns(made.model, made.clip, prompts.tokens[0]), found)
+        return found
+
+    plain, shifted = columns("a <mug> on grass"), columns(f"{file} a <mug> on {file} grass")
+    assert torch.equal(shifted, plain.roll(2, 1))
 
 
 def test_stages_change_with_the_time(made):
