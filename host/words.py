@@ -184,8 +184,8 @@ def directions_of(word: Word, features: torch.Tensor, cached: bool = False) -> t
 
 
 def _comparable(token):
-    """Learned rows are told by their identity: every text is tokenised with the same ones."""
-    return (token.data_ptr(), token.shape) if torch.is_tensor(token) else token
+    """Rows are told by their numbers: the host reads an embedding file anew for every text."""
+    return tuple(token.tolist()) if torch.is_tensor(token) else token
 
 
 def _changed(ids: list, others: list) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import torch
 
 from concepts.carriers.concept import Concept
 
-from .tiny import tiny
+from .tiny import embedding, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -59,6 +59,16 @@ def test_long_prompts_and_parts_of_words(clip):
         assert rows[0][0] > 77
         ((_, tokens),), _, _ = found(clip, "two <p:hat>s", key)
         assert tokens == encoder.ids("two hats")[len(encoder.ids("two")) :]
+
+
+def test_embedding_files_beside_a_word_are_not_its_rows(clip, tmp_path):
+    """The host reads them anew for every text."""
+    from concepts.host.text import encoders
+
+    file = embedding(clip, tmp_path)
+    for key in [e.key for e in encoders(clip)]:
+        pairs, _, encoder = found(clip, f"{file} a <p:hat> and a <p:coat> {file}", key)
+        assert [tokens for _, tokens in pairs] == [encoder.ids("hat"), encoder.ids("coat")]
 
 
 def test_rows_of_several_encoders_follow_each_other():
