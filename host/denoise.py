@@ -1,5 +1,6 @@
 """Running the host's denoiser with gradients, one conditioning per sample, for every model family."""
 
+import comfy.conds
 import comfy.model_management
 import comfy.model_sampling
 import comfy.patcher_extension
@@ -8,6 +9,8 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
+ROWS = "concept_rows"
+"""Key in ``transformer_options``: which rows of ``Denoiser``'s batch a pass holds."""
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 """What the host has."""
 
@@ -77,22 +80,37 @@ class Denoiser:
         """Forward process of this family."""
         return self.sampling.noise_scaling(sigma.view(-1, *[1] * (clean.ndim - 1)), noise, clean, max_denoise=False)
 
-    def inputs(self, entries: list, like: torch.Tensor) -> dict:
-        """Host conditioning entries, one per row of ``like`` [b, c, h, w] -> model inputs, differentiable.
+    def inputs(self, entries: list, like: torch.Tensor) -> list[tuple[list[int], dict]]:
+        """Host conditioning entries, one per row of ``like`` [b, c, h, w] -> per pass its rows, and model inputs,
+        differentiable.
 
         The host's own route (samplers.process_conds) adds whatever the family wants: pooled vectors, sizes, guidance.
+        One pass is enough unless texts differ in length and the family's are not repeated to that of others: SD3's.
         """
         conds = comfy.sampler_helpers.convert_cond(entries)
         conds = comfy.samplers.process_conds(
             self.model, like, {"positive": conds}, self.device, latent_image=torch.zeros_like(like), seed=0
         )["positive"]
+        groups: dict[tuple, list[int]] = {}
         parts = [{k: v.process_cond(batch_size=1, area=None) for k, v in c["model_conds"].items()} for c in conds]
-        joined = comfy.samplers.cond_cat(parts)
-        return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in joined.items()}
+        for row, part in enumerate(parts):
+            fixed = ((k, v.cond.shape) for k, v in part.items() if type(v) is comfy.conds.CONDRegular)
+            groups.setdefault(tuple(fixed), []).append(row)
+        passes = []
+        for rows in groups.values():
+            joined = comfy.samplers.cond_cat([parts[row] for row in rows])
+            passes.append((rows, {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in joined.items()}))
+        return passes
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, entries: list, change=None) -> torch.Tensor:
         """Denoised estimate [b, c, h, w], fp32. ``change``: transformer_options -> those of this call."""
-        options = comfy.patcher_extension.copy_nested_dicts(self.options)
-        options |= {"sigmas": sigma, "cond_or_uncond": [0], "uuids": [0]}  # what other packs' patches look up
-        options = change(options) if change else options
-        return self.model.apply_model(x, sigma, transformer_options=options, **self.inputs(entries, x)).float()
+        passes, found = self.inputs(entries, x), {}
+        for rows, inputs in passes:
+            some, levels = (x, sigma) if len(passes) == 1 else (x[rows], sigma[rows])
+            options = comfy.patcher_extension.copy_nested_dicts(self.options)
+            options |= {"sigmas": levels, "cond_or_uncond": [0], "uuids": [0]}  # what other packs' patches look up
+            options[ROWS] = rows
+            options = change(options) if change else options
+            out = self.model.apply_model(some, levels, transformer_options=options, **inputs).float()
+            found |= zip(rows, out, strict=True)
+        return out if len(passes) == 1 else torch.stack([found[row] for row in range(len(x))])

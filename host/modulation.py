@@ -19,6 +19,7 @@ from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 
 from ..carriers.errors import CarrierMismatch
+from .denoise import ROWS
 from .gradients import AROUND
 from .variants import Marked
 
@@ -247,7 +248,13 @@ def _wrapper(find: Callable[[dict, torch.Tensor, torch.Tensor], list[Placement]]
 
 def modulating(placements: list[Placement]) -> Callable:
     """A change of ``transformer_options`` for ``Denoiser``: modulates the rows of that one call, differentiably."""
-    wrapper = _wrapper(lambda options, x, text: placements)
+
+    def find(options, x, text):
+        held = options[ROWS]
+        here = [(tuple(held.index(row) for row in rows if row in held), place) for rows, place in placements]
+        return [Placement(rows, place) for rows, place in here if rows]
+
+    wrapper = _wrapper(find)
     more = {"wrappers": {comfy.patcher_extension.WrappersMP.APPLY_MODEL: {"concept-carriers": [wrapper]}}}
     return lambda options: comfy.patcher_extension.merge_nested_dicts(options, more)
 

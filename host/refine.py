@@ -37,7 +37,7 @@ from .query_points import TooFew, dift_of, points_of
 from .session import RunSettings, Session
 from .show import tap_of
 from .text import NAMED, as_tokens, concept_rows
-from .variants import Grid
+from .variants import Grid, layers_of
 
 TEXTS = ("reference", "picture")
 KEPT = 0.7
@@ -234,11 +234,13 @@ class RefineSession(Session):
 
     def passed(self, parameters, rows: list[Row]) -> list:
         """Per row queries and keys [c, h, w] and the word's maps [layers, h, w], or the denoised picture [c, h, w] of
-        one that is not read. Rows of one size whose gradients are both wanted, or both not, share a pass."""
-        groups, found = {}, {}
+        one that is not read. Rows of one size whose gradients are both wanted, or both not, share a pass if their texts
+        have one length too, or are a UNet's, to which the host repeats the shorter."""
+        groups, found, unet = {}, {}, bool(layers_of(self.model.model.diffusion_model))
         for number, row in enumerate(rows):
-            groups.setdefault((row.x.shape, row.follows), []).append(number)
-        for (_, follows), numbers in groups.items():
+            length = None if unet else self.columns[row.text].shape[1]
+            groups.setdefault((row.x.shape, row.follows, length), []).append(number)
+        for (_, follows, _), numbers in groups.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and follows):
                 found |= zip(numbers, self._together(parameters, [rows[n] for n in numbers]), strict=True)
         return [found[n] for n in range(len(rows))]

@@ -8,7 +8,7 @@ import torch
 
 from concepts.carriers.errors import CarrierMismatch
 
-from .tiny import FAMILIES, tiny
+from .tiny import FAMILIES, stock, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -141,6 +141,24 @@ def test_finite_differences_agree():
         with torch.no_grad():
             slope = (value(row + 1e-2 * direction) - value(row - 1e-2 * direction)) / 2e-2
     assert float(slope) == pytest.approx(float(row.grad.norm()), rel=2e-2)
+
+
+@pytest.mark.parametrize("family, passes", [("sd15", 1), ("sd3", 2), ("flux", 2)])
+def test_texts_of_several_lengths_are_as_each_alone(family, passes):
+    """In one pass only where the host repeats the shorter ones."""
+    from concepts.host.denoise import Denoiser, sigmas_at
+
+    made, calls = tiny(family), []
+    short, long = (stock(made.clip, text)[0] for text in ("a mug", "a very " * 200 + "red mug"))
+    draw, entries = torch.Generator().manual_seed(1), [short, long, short]
+    with torch.no_grad():
+        d = Denoiser(made.model)
+        x = torch.randn(3, *made.latent.shape, generator=draw)
+        sigma = sigmas_at(d.sampling, torch.tensor([0.3, 0.6, 0.9]))
+        together = d(x, sigma, entries, lambda options: calls.append(options["sigmas"]) or options)
+        alone = [d(x[n : n + 1], sigma[n : n + 1], [entry]) for n, entry in enumerate(entries)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-4)
+    assert len(calls) == passes and torch.equal(torch.cat(calls).sort()[0], sigma)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])

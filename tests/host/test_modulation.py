@@ -355,6 +355,26 @@ def test_gradients_equal_finite_differences_with_and_without_checkpoints(made, l
     assert hooks(made) == 0
 
 
+def test_words_of_texts_of_several_lengths_are_as_each_alone(made, leaf):
+    """Which have passes of their own, so that a sample's number in them is another."""
+    from concepts.host.denoise import Denoiser, sigmas_at
+    from concepts.host.modulation import Place, Placement, chosen_blocks, modulating
+
+    blocks = chosen_blocks(made.model.model.diffusion_model, "all")
+    short, long = (prompt(made, text)[0] for text in ("a hat", "a very " * 200 + "red hat"))
+    places = [Place((n + 1, n + 3), (n + 1) * leaf, blocks, "p") for n in range(3)]
+    with torch.no_grad():
+        d, draw = Denoiser(made.model), torch.Generator().manual_seed(1)
+        x = torch.randn(3, *made.latent.shape, generator=draw)
+        sigma, entries = sigmas_at(d.sampling, torch.tensor([0.3, 0.6, 0.9])), [short, long, short]
+        placements = [Placement((n,), place) for n, place in enumerate(places)]
+        together = d(x, sigma, entries, modulating(placements))
+        for n, entry in enumerate(entries):
+            alone = d(x[[n]], sigma[[n]], [entry], modulating([Placement((0,), places[n])]))
+            torch.testing.assert_close(together[[n]], alone, rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(alone, d(x[[n]], sigma[[n]], [entry]), rtol=1e-3, atol=1e-4)
+
+
 def test_gradients_equal_the_naive_form(made, leaf):
     """Same rows in both samples, so that the naive form, which knows no samples, can say the same."""
     from concepts.host.modulation import Place, chosen_blocks
