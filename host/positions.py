@@ -60,23 +60,32 @@ def read_from(model, clip) -> list[Encoder]:
     )
 
 
+def _marked(words: list, number: int) -> list[int]:
+    """Rows of the n-th mark among (token, row)."""
+    return [row for token, row in words if (mark := mark_of(token)) is not None and mark // STRIDE == number]
+
+
 def learned_columns(model, clip, tokens: Mapping) -> torch.Tensor | None:
     """Columns [1, m, 1] of the learned rows in a token dict of ``captions.Prompts``: the mean over those of its first
     mark; None where the context shows none of them. Raises: CarrierMismatch as ``read_from`` does."""
     rows, total = [], 0
     for encoder in read_from(model, clip):
         words, _, length = placed(encoder, tokens, total)
-        rows += [row for token, row in words if (mark := mark_of(token)) is not None and mark < STRIDE]
+        rows += _marked(words, 0)
         total += length
     columns = torch.zeros(1, total, 1)
     columns[0, rows] = 1 / max(1, len(rows))
     return columns if rows else None
 
 
-def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str]) -> torch.Tensor:
+def columns_of(
+    model, clip, text: str, concepts: list[Concept], wanted: list[str], tokens: Mapping | None = None
+) -> torch.Tensor:
     """Columns [1, m, words] of a prompt's words: each the mean over the rows of the word's pieces and occurrences.
 
-    ``wanted``: plain words of the prompt, or ``<name>`` of a concept. Raises: ValueError for a word that is not there.
+    ``wanted``: plain words of the prompt, or ``<name>`` of a concept; ``tokens``: those of a ``captions.Prompts`` that
+    encodes it, padded as they are, and whose marks are ``concepts`` in order. Raises: ValueError for a word that is not
+    there.
     """
     used, names, table = read_from(model, clip), {}, {}
     text = unmarked(text)[0]
@@ -88,12 +97,12 @@ def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str
             continue
         names[name] = f"embedding:place-{number}"
         table[f"place-{number}"] = {
-            key: mark_rows(torch.full(rows.shape[-2:-1], number), rows.shape[-1])
+            key: mark_rows(torch.full(rows.shape[-2:-1], number * STRIDE), rows.shape[-1])
             for key, rows in concept_rows(clip, held).items()
         }
     marking = with_rows(clip, table) if table else clip
     marks = {f"embedding:{place}": int(place.removeprefix("place-")) for place in table}
-    tokens = marking.tokenize(fill(text, names))
+    tokens = marking.tokenize(fill(text, names)) if tokens is None else tokens
     rows: dict[str, list[int]] = {word: [] for word in wanted}
     total = 0
     for encoder in used:
@@ -104,7 +113,7 @@ def columns_of(model, clip, text: str, concepts: list[Concept], wanted: list[str
             name = NAMED.fullmatch(word)
             shown = names.get(name[1]) if name else None
             if shown in marks:
-                rows[word] += [row for token, row in words if mark_of(token) == marks[shown]]
+                rows[word] += _marked(words, marks[shown])
                 continue
             pieces = encoder.ids(shown or unmarked(word)[0])
             for start in range(len(ids) - len(pieces) + 1):

@@ -165,7 +165,10 @@ class RefineSession(Session):
         self.prompts.ready()
         self.grid = Grid.of(named)
         self.grid.fits(self.model.model)
-        self.columns = [columns_of(self.model, self.clip, text, named, [phrase]) for text in said]
+        self.columns = [
+            columns_of(self.model, self.clip, text, named, [phrase], tokens)
+            for text, tokens in zip(said, self.prompts.tokens, strict=True)
+        ]
         tensors = {k: v for k, v in self.given.tensors.items() if not k.endswith(delta.ALPHA)}
         if self.places:
             tensors = {k: v.to(self.model.load_device) for k, v in tensors.items()}

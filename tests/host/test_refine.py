@@ -99,9 +99,9 @@ def test_features_are_those_of_extract(made):
         assert torch.allclose(maps.detach().mean(0), mean, atol=2e-3)
 
 
-@pytest.mark.parametrize("far", ["far away", "far away, " + "very " * 80 + "far"], ids=["short", "long"])
+@pytest.mark.parametrize("far", ["far away", "far away, " + "very " * 260 + "far"], ids=["short", "long"])
 def test_rows_of_a_pass_are_as_each_alone(made, far):
-    """Features of two prompts and the diffusion loss, also where one prompt has more chunks; each size has a pass."""
+    """Features of two prompts and the diffusion loss, also where one prompt is longer; each size has a pass."""
     from concepts.host.gradients import training
 
     data = pictures(made, references=2, texts=(TEXTS[0], f"a <mug> on grass, {far}"))
@@ -109,8 +109,10 @@ def test_rows_of_a_pass_are_as_each_alone(made, far):
     one = session(made, data=replace(data, latents=(data.latents[0], data.latents[0] + 1, wide)))
     with torch.inference_mode(), training(made.model, made.clip.patcher), torch.no_grad():
         one.begin()
-        rows = [*one.shown(0), *one.shown(1), *one.noised(torch.Generator().manual_seed(0))]
-        for together in (rows, rows[:2] + rows[3:]):
+        read, wide = one.shown(0), one.shown(1)
+        read += [row._replace(text=1) for row in read]
+        noised = one.noised(torch.Generator().manual_seed(0))
+        for together in (read + wide + noised, read + noised):
             alone = [one.passed(one.parameters, [row])[0] for row in together]
             for found, expected in zip(one.passed(one.parameters, together), alone, strict=True):
                 torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
