@@ -9,6 +9,8 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
+from ..carriers.errors import CarrierMismatch
+
 ROWS = "concept_rows"
 """Key in ``transformer_options``: which rows of ``Denoiser``'s batch a pass holds."""
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
@@ -55,6 +57,14 @@ def attention(chosen, q, *args, **kwargs):
     return (attention_pytorch if q.dtype == torch.float32 else chosen)(q, *args, **kwargs)
 
 
+def context_width(network) -> int | None:
+    """Numbers per row of text that a network takes; None where it is not one of those known here."""
+    for name, part in network.named_modules():
+        if name in ("txt_in", "context_embedder") or name.endswith("attn2.to_k"):
+            return getattr(part, "in_features", None)
+    return None
+
+
 class Denoiser:
     """A loaded MODEL as a differentiable function of noised latents and conditionings."""
 
@@ -62,7 +72,7 @@ class Denoiser:
         self.patcher, self.model = patcher, patcher.model
         self.sampling = self.model.model_sampling
         self.space, self.sigma_data = space_of(self.sampling)
-        self.device = patcher.load_device
+        self.device, self.width = patcher.load_device, context_width(self.model.diffusion_model)
         options = comfy.patcher_extension.copy_nested_dicts(patcher.model_options.get("transformer_options", {}))
         if patcher.wrappers:  # sampling merges them in prepare_model_patcher (sampler_helpers.py)
             comfy.patcher_extension.merge_nested_dicts(
@@ -103,7 +113,21 @@ class Denoiser:
         return passes
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, entries: list, change=None) -> torch.Tensor:
-        """Denoised estimate [b, c, h, w], fp32. ``change``: transformer_options -> those of this call."""
+        """Denoised estimate [b, c, h, w], fp32. ``change``: transformer_options -> those of this call.
+
+        Raises: CarrierMismatch for latents or texts of another kind of model.
+        """
+        kind, channels = type(self.model).__name__, self.model.latent_format.latent_channels
+        if x.shape[1] != channels:
+            raise CarrierMismatch(
+                f"The latent has {x.shape[1]} channels, and {kind} takes {channels}: it is of another kind of model; "
+                "connect the model's own VAE, or a latent of it."
+            )
+        if wrong := {cond.shape[-1] for cond, _ in entries} - {self.width or entries[0][0].shape[-1]}:
+            raise CarrierMismatch(
+                f"The text encoder gives rows of {min(wrong)} numbers, and {kind} takes {self.width}: it is of another "
+                "kind of model; connect the model's own CLIP."
+            )
         passes, found = self.inputs(entries, x), {}
         for rows, inputs in passes:
             some, levels = (x, sigma) if len(passes) == 1 else (x[rows], sigma[rows])

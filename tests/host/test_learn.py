@@ -244,6 +244,17 @@ def test_every_family_shows_where_it_looks(family, mug_set):
     assert seen is not None and seen.shape[-1] == 3 and bool(torch.isfinite(seen).all()) and float(seen.std()) > 0
 
 
+@pytest.mark.parametrize("other", ["clip", "latent"])
+def test_parts_of_another_model_are_named(mug_set, other):
+    one, two = tiny("sd15"), tiny("sdxl" if other == "clip" else "flux")
+    latent = (two if other == "latent" else one).latent
+    data = replace(mug_set, latents=(latent,), masks=(None,), captions=(("a {}",),), mirrored=(False,))
+    clip = (two if other == "clip" else one).clip
+    message = "own CLIP" if other == "clip" else "own VAE"
+    with pytest.raises(CarrierMismatch, match=f"another kind of model; connect the model's {message}"):
+        learn((one.model, clip), data)
+
+
 def test_a_caption_that_one_encoder_cuts_ends_no_run(mug_set):
     """The rows of SDXL's two encoders are cut to the shorter, so columns of the longer one are too many."""
     from concepts.host.gradients import training
