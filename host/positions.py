@@ -9,6 +9,7 @@ from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from .captions import STRIDE
 from .text import NAMED, Encoder, concept_rows, encoders, fill, mark_of, mark_rows, named_rows, with_rows
+from .token_features import find_word
 from .variants import layers_of
 from .words import placed, unmarked
 
@@ -115,10 +116,8 @@ def columns_of(
             if shown in marks:
                 rows[word] += _marked(words, marks[shown])
                 continue
-            pieces = encoder.ids(shown or unmarked(word)[0])
-            for start in range(len(ids) - len(pieces) + 1):
-                if pieces and ids[start : start + len(pieces)] == pieces:
-                    rows[word] += [row for _, row in words[start : start + len(pieces)]]
+            places = find_word(encoder, ids, shown or unmarked(word)[0])
+            rows[word] += [words[number][1] for place in places for number in place]
     lost = [word for word, found in rows.items() if not found]
     if lost:
         known = dict.fromkeys(re.findall(r"<[\w-]+>|[^\s,.;:()<>\[\]]+", text))

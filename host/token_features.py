@@ -2,16 +2,19 @@
 
 import itertools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..carriers.errors import CarrierMismatch
-from .positions import placed
 from .text import Encoder, encoders, ready
+from .words import placed
 
 AT_ONCE = 64
 """Pieces of prompts (77 tokens of CLIP, whole prompts of T5) per pass."""
+MARKS = "\u2581\u0120"
+"""What begins a word in vocabularies."""
 
 
 class Spoken(NamedTuple):
@@ -78,26 +81,39 @@ def _together(clip, encoder: Encoder, tokens: list[dict]) -> list[Spoken]:
     return result
 
 
+def _begins(encoder: Encoder, ids: Sequence) -> list[bool]:
+    """Whether a word begins at each token, and behind the last; what is no token of the vocabulary stands alone."""
+    names = encoder.tokenizer.inv_vocab
+    pieces = [str(names[token]) if token in names else None for token in ids]
+    ends = any(str(names.get(n, "")).endswith("</w>") for n in range(512))  # CLIP marks ends, the others beginnings
+
+    def parted(before: str | None, piece: str | None) -> bool:
+        if before is None or piece is None:
+            return True
+        return before.endswith("</w>") if ends else piece[:1] in MARKS or not re.match(r"\w", piece)
+
+    return [parted(*pair) for pair in itertools.pairwise([None, *pieces, None])]
+
+
 def words_of(encoder: Encoder, ids: tuple[int, ...]) -> list[tuple[str, list[int]]]:
     """Words that tokens spell, each with the numbers of its tokens; a comma is a word too."""
     names = encoder.tokenizer.inv_vocab
-    ends = any(str(names.get(n, "")).endswith("</w>") for n in range(512))  # CLIP marks ends, the others beginnings
     found: list[tuple[str, list[int]]] = []
-    open_ = False
-    for number, token in enumerate(ids):
-        piece = str(names.get(token, token))
-        begins = not open_ if ends else piece[:1] in ("\u2581", "\u0120") or not found
-        open_ = not piece.endswith("</w>")
-        text = piece.removesuffix("</w>").lstrip("\u2581\u0120")
-        if begins or not ends and not re.match(r"\w", text):
+    for number, (token, begins) in enumerate(zip(ids, _begins(encoder, ids), strict=False)):
+        text = str(names.get(token, token)).removesuffix("</w>").lstrip(MARKS)
+        if begins:
             found.append((text, [number]))
         else:
             found[-1] = (found[-1][0] + text, [*found[-1][1], number])
     return [(word, numbers) for word, numbers in found if word]
 
 
-def find_word(encoder: Encoder, ids: tuple[int, ...], word: str) -> list[list[int]]:
-    """Numbers of the tokens of every occurrence of a word or of several words in a row."""
-    pieces = tuple(encoder.ids(word))
+def find_word(encoder: Encoder, ids: Sequence, word: str) -> list[list[int]]:
+    """Numbers of the tokens of every occurrence of a word or of several words in a row, none inside longer words."""
+    pieces, begins = encoder.ids(word), _begins(encoder, ids)
     starts = range(len(ids) - len(pieces) + 1) if pieces else ()
-    return [list(range(s, s + len(pieces))) for s in starts if ids[s : s + len(pieces)] == pieces]
+    return [
+        list(range(s, s + len(pieces)))
+        for s in starts
+        if list(ids[s : s + len(pieces)]) == pieces and begins[s] and begins[s + len(pieces)]
+    ]

@@ -61,6 +61,20 @@ def test_tokens_spell_words(family):
     assert len(find_word(encoder, one.ids, "a")) == 3 and not find_word(encoder, one.ids, "cat")
 
 
+@pytest.mark.parametrize(
+    "text, word, count",
+    [("a star, a starfish", "star", 1), ("two hats in a hatbox", "hat", 0), ("a beermug, (mug:1.2) mug's", "mug", 2)],
+)
+def test_words_are_not_found_inside_longer_ones(family, text, word, count):
+    """T5 has pieces such as star + fish, CLIP such as beer + mug."""
+    from concepts.host.token_features import find_word, read, spoken_encoder, words_of
+
+    encoder, (one,) = spoken_encoder(family), read(family, [text])
+    found = find_word(encoder, one.ids, word)
+    assert len(found) == count
+    assert all(numbers in [own for _, own in words_of(encoder, one.ids)] for numbers in found)
+
+
 def test_a_corpus_draws_choices_and_holds_lines_back():
     from concepts.host.corpus import Corpus
 

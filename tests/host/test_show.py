@@ -103,6 +103,19 @@ def test_wrong_words_and_times_are_named(made):
         look(made, ["grass"], (1.5,))
 
 
+def test_words_are_not_looked_for_inside_longer_ones(made):
+    from concepts.host.positions import columns_of
+
+    def rows(text, word):
+        with torch.inference_mode():
+            return columns_of(made.model, made.clip, text, [concept(made)], [word])[0, :, 0].nonzero()[:, 0].tolist()
+
+    assert rows("a star, a starfish", "star") == rows("a star", "star")
+    assert rows("a mug<mug>mug, a beermug", "mug") == rows("a mug<mug>mug", "mug")
+    with pytest.raises(ValueError, match="does not hold hat; its words are: two, hats"):
+        rows("two hats", "hat")
+
+
 def test_joint_maps_are_those_of_q_and_k():
     """SD3: rows of the picture over all keys, text first, mean over heads."""
     import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
