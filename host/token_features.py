@@ -105,7 +105,11 @@ def words_of(encoder: Encoder, ids: tuple[int, ...]) -> list[tuple[str, list[int
             found.append((text, [number]))
         else:
             found[-1] = (found[-1][0] + text, [*found[-1][1], number])
-    return [(word, numbers) for word, numbers in found if word]
+
+    def spelled(word: str, numbers: list[int]) -> str:  # CLIP has its letters in bytes, each under a name of its own
+        return word if word.isascii() else encoder.tokenizer.tokenizer.decode([ids[n] for n in numbers]).strip()
+
+    return [(spelled(word, numbers), numbers) for word, numbers in found if word]
 
 
 def find_word(encoder: Encoder, ids: Sequence, word: str) -> list[list[int]]:

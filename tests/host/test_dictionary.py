@@ -61,6 +61,15 @@ def test_tokens_spell_words(family):
     assert len(find_word(encoder, one.ids, "a")) == 3 and not find_word(encoder, one.ids, "cat")
 
 
+def test_words_beyond_ascii_are_spelled_as_they_are_written(family):
+    from concepts.host.token_features import find_word, read, spoken_encoder, words_of
+
+    encoder, (one,) = spoken_encoder(family), read(family, ["un café été noir"])
+    spelled = words_of(encoder, one.ids)
+    assert [w for w, _ in spelled] == ["un", "café", "été", "noir"]
+    assert all(find_word(encoder, one.ids, word) == [numbers] for word, numbers in spelled)
+
+
 @pytest.mark.parametrize(
     "text, word, count",
     [("a star, a starfish", "star", 1), ("two hats in a hatbox", "hat", 0), ("a beermug, (mug:1.2) mug's", "mug", 2)],
