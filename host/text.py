@@ -153,16 +153,12 @@ def mark_of(token) -> int | None:
 def fill(text: str, names: Mapping[str, str]) -> str:
     """Replaces ``<name>`` by the host's ``embedding:`` syntax under an internal name, or by a plain word.
 
-    The host wants a blank before the marker unless a segment begins with it, and one after it.
+    Between blanks, as the host knows it wherever it stands; a bracket may be one of the text, which begins no segment.
     """
 
     def swap(match):
-        begins = match.start() == 0 or text[match.start() - 1] in " (\n"
-        return (
-            ("" if begins else " ")
-            + names[match[1]]
-            + ("" if text[match.end() : match.end() + 1] in ("", " ", ")") else " ")
-        )
+        before, after = text[: match.start()][-1:], text[match.end() :][:1]
+        return ("" if before in ("", " ", "\n") else " ") + names[match[1]] + ("" if after in ("", " ") else " ")
 
     return NAMED.sub(lambda m: swap(m) if m[1] in names else m[0], text)
 

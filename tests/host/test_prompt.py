@@ -80,6 +80,10 @@ def test_equals_the_stock_embedding_of_the_saved_file(family, tmp_path):
         ("a (<mug>:1.3) and (red <mug>)", "a (embedding:learned:1.3) and (red embedding:learned)"),
         ("<mug>, on sand", "embedding:learned , on sand"),
         ("word " * 80 + "<mug>", "word " * 80 + "embedding:learned"),
+        (r"a \(<mug>\) on sand", r"a \( embedding:learned \) on sand"),
+        ("a :) (<mug>) b", "a :) ( embedding:learned ) b"),
+        ("a (<mug> b", "a ( embedding:learned b"),
+        ("a <mug>) b", "a embedding:learned ) b"),
     ]
     for mine, theirs in pairs:
         result = ours(family, mine, learned)
