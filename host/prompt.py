@@ -134,8 +134,8 @@ def _variants(clip, text: str, shown: list[_Shown]) -> tuple[list, object]:
 
 def misspelt(text: str, names: Iterable[str]) -> None:
     """Raises: ValueError for what is nearly a mark of a connected concept and would be read as plain text."""
-    for match in re.finditer(r"<\s*([A-Za-z0-9_-]{1,64})\s*:[^<>]*>", text):
-        if match[1] in names:
+    for match in re.finditer(r"<\s*([A-Za-z0-9_-]{1,64})\s*(?::[^<>]*)?>", text):
+        if match[1] in names and match[0] != f"<{match[1]}>":
             raise ValueError(
                 f"{match[0]} would be read as plain text; write <{match[1]}>, or for one word of it <{match[1]}:word> "
                 f"or <{match[1]}:word:0.8>."
