@@ -84,10 +84,15 @@ class Dictionary:
                 f"Dictionary {self.name} prepares tokens by {str(info['norm'])[:40]!r}, which this version does not "
                 f"know ({', '.join(NORMS)}); update the pack."
             )
-        if not isinstance(self.k, int) or not ("threshold" in tensors or 0 < self.k <= sizes["m"]):
+        if not isinstance(self.k, int) or not ("threshold" in tensors or self.k > 0):
             raise CarrierError(
                 f"Dictionary {self.name} does not say how many of its {sizes['m']} latents are active (k is "
                 f"{self.k}); give k when loading it."
+            )
+        if "threshold" not in tensors and self.k > sizes["m"]:
+            raise CarrierError(
+                f"Dictionary {self.name}: k is {self.k}, but there are {sizes['m']} latents; set k to at most "
+                f"{sizes['m']}, or 0 for what the file says."
             )
 
     @property

@@ -37,8 +37,12 @@ def mix(
     for concept in (a, b):
         if concept.kind != "tokens":
             raise CarrierMismatch(
-                f"Concept <{concept.name}> is of kind {concept.kind}, and only tokens can be mixed; learn it with "
-                "mapper set to none."
+                f"Concept <{concept.name}> is of kind {concept.kind}, and only tokens can be mixed; "
+                + (
+                    "learn it with mapper set to none."
+                    if concept.kind == "mapper"
+                    else "connect one from Learn Concept Tokens, Learn Residual Tokens or Learn K/V Tokens."
+                )
             )
     if {k: v.shape[-2:] for k, v in a.tensors.items()} != {k: v.shape[-2:] for k, v in b.tensors.items()}:
         raise CarrierMismatch(

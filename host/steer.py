@@ -27,9 +27,9 @@ def latents_of(text: str, dictionary: Dictionary) -> list[int]:
     parts = [part for part in re.split(r"[,\s]+", text.strip()) if part]
     wrong = [p for p in parts if not p.isdecimal() or int(p) >= dictionary.size]
     if wrong or not parts:
+        what = f"{', '.join(wrong)} is no latent of {dictionary.name}" if wrong else "latents is empty"
         raise ValueError(
-            f"{', '.join(wrong) or 'Nothing'} is no latent of {dictionary.name}; write numbers from 0 to "
-            f"{dictionary.size - 1} separated by commas, as Encode Words shows them."
+            f"{what}; write numbers from 0 to {dictionary.size - 1} separated by commas, as Encode Words shows them."
         )
     return list(dict.fromkeys(int(p) for p in parts))
 

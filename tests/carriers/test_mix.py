@@ -99,3 +99,10 @@ def test_mappers_are_refused():
     mapper = Concept("deep", "mapper", {f"clip_l.{k}": v for k, v in parts.items()}, info)
     with pytest.raises(CarrierMismatch, match="mapper set to none"):
         mix(concept(), mapper, "m")
+
+
+def test_loras_are_refused():
+    parts = {"lora_down.weight": torch.zeros(1, 3), "lora_up.weight": torch.zeros(3, 1), "alpha": torch.tensor(1.0)}
+    lora = Concept("deep", "delta", {f"lora_unet_a.{key}": value for key, value in parts.items()})
+    with pytest.raises(CarrierMismatch, match="kind delta.*connect one from Learn Concept Tokens"):
+        mix(concept(), lora, "m")

@@ -87,7 +87,7 @@ def test_steering_what_is_not_there_is_refused(toy, words):
     for changes, message in [
         ({"word": "cat"}, "its words are: a, red, mug, on, sand"),
         ({"latents": "999999"}, "no latent of words"),
-        ({"latents": ""}, "Nothing"),
+        ({"latents": " "}, "latents is empty; write numbers from 0 to"),
         ({"latents": "1.5"}, "no latent"),
         ({"mode": "twist"}, "add, scale"),
         ({"text": "a <mug> on sand"}, "plain prompts"),
