@@ -146,7 +146,7 @@ def table(codes: Codes, count: int) -> str:
         )
         for latent, value, score in _rows(codes, word, count):
             label = codes.dictionary.label(latent) or "no corpus words"
-            lines.append(f"  {latent}: {value:.3f}{'' if score is None else f', score {score:.4f}'} ({label})")
+            lines.append(f"  {latent}: {value:.3f}{'' if score is None else f', score {score:.3g}'} ({label})")
     return "\n".join(lines)
 
 

@@ -57,5 +57,5 @@ def bars(rows: list[tuple[str, float]], title: str, width: int = 640, adapt: boo
         draw.rectangle(
             [220, y + 1, 220 + (width - 300) * max(0.0, min(1.0, value / most)), y + 13], fill=(70, 130, 190)
         )
-        draw.text((width - 66, y), f"{value:.3f}", fill=(90, 90, 90))
+        draw.text((width - 66, y), f"{value:.3g}" if adapt else f"{value:.3f}", fill=(90, 90, 90))
     return batch([image])

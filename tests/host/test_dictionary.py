@@ -1,5 +1,7 @@
 """Dictionaries of a real text encoder: features, corpus, learning and continuing, words, attribution."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -292,6 +294,21 @@ def test_strongest_latents_are_named_after_their_words(toy, words):
     assert len(codes.words["red"]) == len(SHAPES.split("|")) and codes.tokens["red"].shape[1] == 64
     shown = table(codes, 2)
     assert shown.count("active latents in") == len(wanted) and shown.count("#") == 0
+
+
+def test_scores_as_small_as_gradients_are_told_apart(words):
+    """And the picture draws others than of ten times these."""
+    from concepts.carriers.codes import Codes
+    from concepts.host.meanings import picture, table
+
+    code = torch.zeros(1, words.size)
+    code[0, :3] = torch.tensor([0.5, 12.345, 1.0])
+    kept = {"mug": (torch.arange(3), torch.tensor([3.21e-5, 2e-6, 0.75]))}
+    codes = Codes(words, ("a mug",), {"mug": code}, {"mug": torch.zeros(1, words.width)}, kept)
+    shown = table(codes, 3)
+    assert [line.split("score ")[1].split(" ")[0] for line in shown.splitlines()[1:]] == ["3.21e-05", "2e-06", "0.75"]
+    larger = replace(codes, kept={word: (latents, 10 * scores) for word, (latents, scores) in kept.items()})
+    assert not torch.equal(picture(codes, 2), picture(larger, 2))
 
 
 def test_every_word_is_encoded_without_a_list(toy, words):
