@@ -32,10 +32,19 @@ class Looks:
 
 
 def changed(entry: list) -> tuple[list, object]:
-    """A conditioning entry without its hooks, and the change of ``transformer_options`` that stands for them."""
+    """A conditioning entry without its hooks, and the change of ``transformer_options`` that stands for them.
+
+    Raises: CarrierMismatch for hooks that change weights, such as those of LoRAs.
+    """
     facts = dict(entry[1])
-    hooks = facts.pop("hooks", None)
-    options = [hook.transformers_dict for hook in hooks.hooks] if hooks is not None else []
+    hooks = getattr(facts.pop("hooks", None), "hooks", ())
+    others = sorted({type(hook).__name__ for hook in hooks if not hasattr(hook, "transformers_dict")})
+    if others:
+        raise CarrierMismatch(
+            f"The CLIP brings hooks that change the model in sampling ({', '.join(others)}, from Set CLIP Hooks), "
+            "which are not seen here; connect the CLIP from before that node, or turn its apply_to_conds off."
+        )
+    options = [hook.transformers_dict for hook in hooks]
 
     def change(given: dict) -> dict:
         given = comfy.patcher_extension.copy_nested_dicts(given)
@@ -47,7 +56,8 @@ def changed(entry: list) -> tuple[list, object]:
 
 
 def prompted(clip, text: str, concepts: list[Concept], columns: torch.Tensor | None = None) -> tuple[list, object]:
-    """The prompt as ``changed`` gives it. Raises: CarrierMismatch when ``columns`` [1, m, c] are not of its rows."""
+    """The prompt as ``changed`` gives it. Raises: CarrierMismatch when ``columns`` [1, m, c] are not of its rows, and
+    as ``changed`` does."""
     entry, change = changed(encode_prompt(clip, text, [(c, 1.0) for c in concepts])[0])
     if columns is not None and entry[0].shape[1] != columns.shape[1]:
         raise CarrierMismatch(

@@ -7,7 +7,7 @@ from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierMismatch
 
 from .test_variants import concept
-from .tiny import KINDS, embedding, tiny
+from .tiny import KINDS, Tiny, embedding, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 TEXT = "a photo of <mug>, grass and a xylophone"
@@ -114,6 +114,23 @@ def test_words_are_not_looked_for_inside_longer_ones(made):
     assert rows("a mug<mug>mug, a beermug", "mug") == rows("a mug<mug>mug", "mug")
     with pytest.raises(ValueError, match="does not hold hat; its words are: two, hats"):
         rows("two hats", "hat")
+
+
+def test_hooks_of_the_clip_that_change_the_model_are_refused(made):
+    import comfy.hooks
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    hook, group = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=1.0), comfy.hooks.HookGroup()
+    hook.weights = {}
+    group.add(hook)
+    for to_conds in (True, False):
+        with torch.inference_mode():
+            (hooked,) = SetClipHooks().apply_hooks(made.clip, False, to_conds, group)
+        if to_conds:
+            with pytest.raises(CarrierMismatch, match="WeightHook.*turn its apply_to_conds off"):
+                look(Tiny(made.model, hooked, made.latent), ["grass"])
+        else:
+            assert look(Tiny(made.model, hooked, made.latent), ["grass"])
 
 
 def test_joint_maps_are_those_of_q_and_k():
