@@ -279,7 +279,7 @@ class Prompt(Marked):
 
         An entry that somebody made out of several prompts is in no prompt's name; its rows are told by their text.
         """
-        rows = range(len(x)) if options.get(ALONE) else self.rows(options, len(x))
+        rows = range(len(x)) if options.get(ALONE) else self.rows(options, len(x), text)
         if rows is None:
             length = self.text.shape[1]
             alike = text.shape[1] >= length and text.shape[2] == self.text.shape[2]

@@ -152,14 +152,19 @@ class Marked:
             model_options = {**model_options, "transformer_options": {**options, PROMPTS: mine}}
         return executor(model, conds, x_in, timestep, model_options)
 
-    def rows(self, options: dict, count: int) -> list[int] | None:
-        """Its rows in a batch of ``count``; None where no entry of the call bears its mark."""
+    def rows(self, options: dict, count: int, context: torch.Tensor | None) -> list[int] | None:
+        """Its rows in a batch of ``count``; None where no entry of the call bears its mark.
+
+        Those whose context is all zeros hold it no more: the host's ConditioningZeroOut leaves hooks and marks.
+        """
         mine = options.get(PROMPTS, {}).get(self)
         if mine is None:
             return None
         parts = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
         each = count // len(parts)
-        return [r for i, part in enumerate(parts) if part in mine for r in range(i * each, (i + 1) * each)]
+        found = [r for i, part in enumerate(parts) if part in mine for r in range(i * each, (i + 1) * each)]
+        empty = [] if context is None else (~context.flatten(1).any(1)).nonzero()[:, 0].tolist()
+        return [row for row in found if row not in empty]
 
     def entry(self, cond: torch.Tensor, facts: dict, wrapper: Callable) -> list:
         """A CONDITIONING entry that bears the mark and brings ``wrapper`` (APPLY_MODEL) to whatever samples with it."""
@@ -215,7 +220,7 @@ class _Variants(Marked):
         """The APPLY_MODEL wrapper. Raises: CarrierMismatch when another node changed the prompt's rows."""
         options, context, grid = transformer_options or {}, c_crossattn, self.grid
         spots = self.spots(context)
-        if not set(self.rows(options, len(x)) or ()) <= set(spots[:, 0].tolist()):
+        if not set(self.rows(options, len(x), context) or ()) <= set(spots[:, 0].tolist()):
             raise CarrierMismatch(
                 "The prompt holds a concept whose rows change with stage, layer or for K and V, and another node "
                 "changed its conditioning (such as ConditioningAverage), so that they cannot be told any more; put "

@@ -187,6 +187,17 @@ def test_the_negative_is_untouched_and_shares_the_call(made, batch):
             assert torch.equal(got, expected) if side else not near(got, expected)
 
 
+def test_a_zeroed_prompt_holds_no_words(made):
+    """The host's ConditioningZeroOut keeps hooks and marks."""
+    import nodes
+
+    words, plain = prompt(made, "a <p:hat>", taught(made)), prompt(made, "a hat")
+    with torch.inference_mode():
+        (zeroed,), (empty,) = (nodes.ConditioningZeroOut().zero_out(c) for c in (words, plain))
+    for positive in (words, plain):
+        assert torch.equal(sample(made, positive, zeroed, cfg=3.0), sample(made, positive, empty, cfg=3.0))
+
+
 def test_equal_texts_of_two_pictures_stay_apart(made):
     """Both in one call: the second picture's hat in the negative."""
     one, two = taught(made, name="one"), taught(made, name="two", seed=1)

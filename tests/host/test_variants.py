@@ -194,6 +194,18 @@ def test_rows_that_another_node_changed_are_refused(unet):
     assert torch.equal(sample(unet, same), sample(unet, prompt(unet, "a photo of <mug>", whole)))
 
 
+@pytest.mark.parametrize("roles", [1, 2])
+def test_a_zeroed_prompt_is_left_as_it_is(unet, roles):
+    """The host's ConditioningZeroOut keeps hooks and marks."""
+    import nodes
+
+    ours, plain = prompt(unet, "a photo of <mug>", concept(unet, stages=2, roles=roles)), prompt(unet, "a photo")
+    with torch.inference_mode():
+        (zeroed,), (empty,) = (nodes.ConditioningZeroOut().zero_out(c) for c in (ours, plain))
+    for positive in (ours, plain):
+        assert torch.equal(sample(unet, positive, zeroed), sample(unet, positive, empty))
+
+
 def test_areas_ranges_and_combined_prompts(unet):
     """The host's own nodes around the conditioning; each part keeps its contexts."""
     import nodes
