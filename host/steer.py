@@ -12,7 +12,7 @@ from .gradients import ordinary
 from .meanings import checked
 from .text import NAMED, TOKENS, Encoder
 from .token_features import find_word, read, spoken_encoder, words_of
-from .variants import VariantHook
+from .variants import PROMPTS, Variants
 from .words import placed
 
 MODES = {"add": 0.0, "scale": 1.0}
@@ -90,7 +90,7 @@ def steered(
                 f"The conditioning has {cond.shape[1]} rows of {cond.shape[2]} numbers, this prompt gives {one.total} "
                 f"of {dictionary.width}; connect the conditioning of the same prompt from the same text encoder."
             )
-        if any(isinstance(hook, VariantHook) for hook in getattr(facts.get("hooks"), "hooks", ())):
+        if any(isinstance(mark, Variants) for mark in facts.get(PROMPTS, ())):
             raise CarrierMismatch(
                 "The conditioning has rows of its own per stage, layer or role, which steering one of them would not "
                 "reach; use concepts with shared rows."

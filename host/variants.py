@@ -184,7 +184,7 @@ def _own(entry: dict) -> bool:
     return held is None or text is None or held is text or (held.shape == text.shape and bool((held == text).all()))
 
 
-class _Variants(Marked):
+class Variants(Marked):
     """One prompt: base [1, tokens, width], table [variants, tokens, width]."""
 
     def __init__(self, base: torch.Tensor, table: torch.Tensor, grid: Grid):
@@ -264,5 +264,5 @@ def attach(entries: list[list], grid: Grid) -> list:
     if facts.get("pooled_output") is not None:
         firsts = grid.index[:, 0, 0].unique().tolist()  # as in learning, where the first layer's K decides
         facts["pooled_output"] = torch.stack([entries[i][1]["pooled_output"] for i in firsts]).mean(0)
-    prompt = _Variants(base, conds, grid)
+    prompt = Variants(base, conds, grid)
     return prompt.entry(base, facts, prompt.apply)

@@ -6,7 +6,7 @@ import torch
 from concepts.carriers.dictionary import Dictionary
 from concepts.carriers.errors import CarrierMismatch
 
-from .tiny import stock
+from .tiny import stock, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 PROMPTS = ("a red mug on sand", "a (red:1.4) mug, (on:0.6) sand", "a red mug " * 30)
@@ -143,6 +143,25 @@ def test_words_behind_a_concept_are_found_by_the_tokens_of_its_prompt(family):
             assert f"{word} #3" in report
         with pytest.raises(ValueError, match="is not that of"):
             steer(family, cond, given, word="sand", text="a red mug in sand")
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_modulated_words_stay_so(host, name):
+    """In whichever order: directions hang on marks, which steering keeps."""
+    from concepts.host.modulation import attach
+
+    from .test_modulation import places_of, prompt, sample, taught
+
+    made = tiny(name)
+    made.family = name
+    given, marked = dictionary_for(made.clip), prompt(made, "a red <p:hat> on sand", taught(made))
+    plain = steer(made.clip, stock(made.clip, "a red hat on sand"), given, text="a red hat on sand", word="hat")[0]
+    got, report = steer(made.clip, marked, given, text="a red hat on sand", word="hat")
+    with torch.inference_mode():
+        expected = [attach(entry, places_of(marked)) for entry in plain]
+    drawn = sample(made, got, cfg=3.0)
+    assert "hat #3" in report and torch.equal(drawn, sample(made, expected, cfg=3.0))
+    assert not any(torch.equal(drawn, sample(made, other, cfg=3.0)) for other in (plain, marked))
 
 
 def test_rows_per_layer_are_refused(toy, words):
