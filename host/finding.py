@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..carriers.features import Features
 from ..kernels import match as kernel
 from .feature_places import ROLES
-from .matching import both, covered, picture_mask, picture_of, points, side_by_side
+from .matching import both, covered, in_cells, in_pixels, picture_mask, picture_of, points, reach, side_by_side
 from .overlays import overlay
 from .pictures import bars, batch
 
@@ -38,7 +38,7 @@ class Places(NamedTuple):
         """MASK [n, H, W]: the cosines, 0 for the lowest of all pictures and 1 for the highest."""
         low, high = self.heat.min(), self.heat.max()
         spread = (self.heat - low) / (high - low).clamp_min(1e-12)
-        return F.interpolate(spread[:, None], self.size, mode="bilinear", align_corners=False)[:, 0]
+        return in_pixels(spread, self.size)
 
 
 def centre(mask: torch.Tensor, features: Features) -> tuple[float, float]:
@@ -70,7 +70,8 @@ def places(first: Features, second: Features, name: str, x: float, y: float) -> 
     heat, best, size = [], [], (second.height, second.width)
     for number in range(len(second.map(name))):
         a, b = both(first, second, name, 0, number)
-        vector = kernel.at(a, y * a.shape[1] / first.height - 0.5, x * a.shape[2] / first.width - 0.5)
+        down, right = reach(a.shape[1:], (first.height, first.width))
+        vector = kernel.at(a, y * a.shape[1] / down - 0.5, x * a.shape[2] / right - 0.5)
         seen = kernel.similarity(vector, b)
         cell = seen.argmax().view(1)
         pair = kernel.Pairs(torch.zeros_like(cell), cell, seen.flatten()[cell])
@@ -88,7 +89,7 @@ def shown(found: Places, first: Features, one: torch.Tensor | None, others: torc
     left = picture_of(one, (first.height, first.width))
     for number, (heat, place) in enumerate(zip(found.heat, found.best.tolist(), strict=True)):
         own = None if others is None else others[min(number, len(others) - 1)]
-        hot = overlay(batch([picture_of(own, found.size)])[0], heat)
+        hot = overlay(batch([picture_of(own, found.size)])[0], in_pixels(heat[None], found.size)[0])
         page, draw, start = side_by_side(left, picture_of(hot, found.size))
         for x, y in (found.point, (place[0] + start, place[1])):
             for radius, colour in ((6, (20, 20, 20)), (5, (255, 255, 255)), (4, (20, 20, 20))):
@@ -130,7 +131,7 @@ def ranked(reference: Features, candidates: Features, mask: torch.Tensor | None)
     scores = []
     for number in range(len(candidates.map("dift"))):
         a, b = both(reference, candidates, "dift", 0, number)
-        inside = covered(mask, a, "reference's")
+        inside = covered(mask, a, "reference's", size=(reference.height, reference.width))
         found = kernel.match(a.flatten(1).T, b.flatten(1).T, mutual=False, first_mask=inside)
         score, alike = found.score, []
         for role in looks:
@@ -158,8 +159,6 @@ def transferred(first: Features, second: Features, name: str, mask: torch.Tensor
     found = []
     for number in range(len(second.map(name))):
         a, b = both(first, second, name, 0, number)
-        own = F.interpolate(picture_mask(mask)[None, None].float(), a.shape[-2:], mode="area")[0, 0]
-        soft = kernel.transfer(own, a, b)
-        size = (second.height, second.width)
-        found.append(F.interpolate(soft[None, None], size, mode="bilinear", align_corners=False)[0, 0])
+        own = in_cells(picture_mask(mask), a.shape[-2:], (first.height, first.width))
+        found.append(in_pixels(kernel.transfer(own, a, b)[None], (second.height, second.width))[0])
     return torch.stack(found).clamp(0, 1)

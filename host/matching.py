@@ -84,15 +84,38 @@ def picture_mask(mask: torch.Tensor, picture: int = 0) -> torch.Tensor:
     return several[picture if len(several) > 1 else 0]
 
 
-def covered(mask: torch.Tensor | None, like: torch.Tensor, which: str, picture: int = 0) -> torch.Tensor | None:
+def reach(grid: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Pixels over which a grid (rows, columns) of a picture (height, width) reaches: cells are powers of two, as
+    networks halve, and the last ones lie in part outside of a picture whose sides are no multiples of them."""
+    return tuple(cells << (-(-side // cells) - 1).bit_length() for cells, side in zip(grid, size, strict=True))
+
+
+def in_cells(mask: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """A MASK [H, W] of any size as shares of the cells [h, w] of a picture (height, width); outside as at its edge."""
+    far = reach(grid, size)
+    down, right = (round(own * (f / s - 1)) for own, f, s in zip(mask.shape, far, size, strict=True))
+    whole = F.pad(mask[None, None].float(), (0, right, 0, down), mode="replicate")
+    return F.interpolate(whole, grid, mode="area")[0, 0]
+
+
+def in_pixels(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Maps [n, h, w] of cells over the pictures [n, height, width] that they are of."""
+    spread = F.interpolate(maps[:, None], reach(maps.shape[-2:], size), mode="bilinear", align_corners=False)
+    return spread[:, 0, : size[0], : size[1]]
+
+
+def covered(
+    mask: torch.Tensor | None, like: torch.Tensor, which: str, picture: int = 0, size: tuple[int, int] | None = None
+) -> torch.Tensor | None:
     """Cells [h * w] of the grid ``like`` [c, h, w] that a picture's MASK covers by half.
 
+    ``size``: height and width of the picture where the mask's are others.
     Raises: ValueError when it covers none, and as ``picture_mask`` does.
     """
     if mask is None:
         return None
     one = picture_mask(mask, picture)
-    cells = F.interpolate(one[None, None].float(), like.shape[-2:], mode="area").flatten() > 0.5
+    cells = in_cells(one, like.shape[-2:], size or one.shape).flatten() > 0.5
     if not bool(cells.any()):
         raise ValueError(
             f"The {which} mask covers no cell of the {like.shape[-2]} x {like.shape[-1]} grid by half; paint more, or "
@@ -102,9 +125,11 @@ def covered(mask: torch.Tensor | None, like: torch.Tensor, which: str, picture: 
 
 
 def points(y: torch.Tensor, x: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Centres of cells of a grid (rows, columns) as [k, 2] x and y in pixels of a picture (height, width)."""
-    height, width = grid
-    return torch.stack([(x + 0.5) * size[1] / width, (y + 0.5) * size[0] / height], 1)
+    """Centres of cells of a grid (rows, columns) as [k, 2] x and y in pixels of a picture (height, width), at its edge
+    where they are outside."""
+    (height, width), (down, right) = grid, reach(grid, size)
+    across, along = (x + 0.5) * right / width, (y + 0.5) * down / height
+    return torch.stack([across.clamp(max=size[1]), along.clamp(max=size[0])], 1)
 
 
 def matches(first, second, name, pictures=(0, 0), masks=(None, None), *, mutual, minimum, best, finer) -> Matches:
@@ -114,7 +139,8 @@ def matches(first, second, name, pictures=(0, 0), masks=(None, None), *, mutual,
     Raises: ValueError when nothing is left, and as ``both`` and ``covered`` do.
     """
     a, b = both(first, second, name, *pictures)
-    inside = [covered(*parts) for parts in zip(masks, (a, b), ("first", "second"), pictures, strict=True)]
+    sizes = ((first.height, first.width), (second.height, second.width))
+    inside = [covered(*parts) for parts in zip(masks, (a, b), ("first", "second"), pictures, sizes, strict=True)]
     flat = [g.flatten(1).T for g in (a, b)]
     found = kernel.match(*flat, mutual=mutual, minimum=minimum, best=best, first_mask=inside[0], second_mask=inside[1])
     if not len(found.first):
@@ -125,7 +151,6 @@ def matches(first, second, name, pictures=(0, 0), masks=(None, None), *, mutual,
     y, x = (found.second // b.shape[2]).float(), (found.second % b.shape[2]).float()
     if finer:
         y, x = kernel.refine(found, flat[0], b).unbind(1)
-    sizes = ((first.height, first.width), (second.height, second.width))
     own = points((found.first // a.shape[2]).float(), (found.first % a.shape[2]).float(), a.shape[1:], sizes[0])
     return Matches(own, points(y, x, b.shape[1:], sizes[1]), found.score, *sizes)
 

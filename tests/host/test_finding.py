@@ -32,6 +32,21 @@ def test_a_point_is_found_where_its_cell_went(moved):
     )
 
 
+def test_cells_that_reach_beyond_the_picture_keep_their_size():
+    """Cells of 16 pixels, of which the last column reaches 8 beyond: heat, best place and mask are at one place."""
+    from concepts.host.finding import places, transferred
+
+    grid = torch.randn(1, 16, 2, 17, generator=torch.Generator().manual_seed(0))
+    first, second = Features({"dift": grid}, 32, 264), Features({"dift": grid.roll(1, -1)}, 32, 264)
+    found = places(first, second, "dift", 14 * 16 + 8, 8)
+    assert abs(float(found.best[0, 0]) - (15 * 16 + 8)) <= 8 and float(found.heat.max()) == pytest.approx(1, abs=1e-5)
+    assert found.masks().shape == (1, 32, 264) and int(found.masks()[0, 4].argmax()) in range(15 * 16 + 4, 15 * 16 + 12)
+    mask = torch.zeros(1, 32, 264)
+    mask[:, :16, 14 * 16 : 15 * 16] = 1
+    seen = transferred(first, second, "dift", mask)
+    assert seen.shape == (1, 32, 264) and int(seen[0, 4].argmax()) in range(15 * 16 + 4, 15 * 16 + 12)
+
+
 def test_points_between_cells_are_between_their_features(moved):
     from concepts.host.finding import places
 

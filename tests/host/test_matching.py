@@ -42,6 +42,26 @@ def test_masks_restrict_and_too_small_ones_are_refused(moved):
         matches(*moved, "dift", masks=(None, mask), **HOW)
 
 
+@pytest.fixture
+def odd():
+    """Sides that are no multiples of a cell: of 16 pixels, the last column reaching 8 and the last row 12 beyond."""
+    grid = torch.randn(1, 16, 4, 5, generator=torch.Generator().manual_seed(0))
+    return Features({"dift": grid}, 52, 72)
+
+
+def test_cells_that_reach_beyond_the_picture_keep_their_size(odd):
+    from concepts.host.matching import matches
+
+    found = matches(odd, odd, "dift", **HOW)
+    x, y = (sorted(set(column.tolist())) for column in found.first.unbind(1))
+    assert x == [8, 24, 40, 56, 72] and y == [8, 24, 40, 52], "centres, none outside of the picture"
+    for size in ((52, 72), (104, 144), (26, 36)):
+        mask, cell = torch.zeros(1, *size), size[0] // 13 * 4
+        mask[..., 3 * cell :, 4 * cell :] = 1
+        inside = matches(odd, odd, "dift", masks=(mask, None), **HOW)
+        assert inside.first.tolist() == [[72, 52]]
+
+
 def test_what_cannot_be_compared_says_why(moved):
     from concepts.host.matching import matches
 
