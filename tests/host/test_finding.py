@@ -62,7 +62,8 @@ def test_heat_masks_compare_pictures(moved):
     from concepts.host.finding import places
 
     first, second = moved
-    alone = Features({"dift": torch.cat([second.maps["dift"], torch.randn(1, 16, 6, 10)])}, 24, 80)
+    other = torch.randn(1, 16, 6, 10, generator=torch.Generator().manual_seed(1))
+    alone = Features({"dift": torch.cat([second.maps["dift"], other])}, 24, 80)
     found = places(first, alone, "dift", 28, 10)
     masks = found.masks()
     assert masks.shape == (3, 24, 80) and 0 <= masks.min() and masks.max() <= 1
