@@ -7,6 +7,7 @@ other pictures (exclusion), so what they share has nowhere to go but into the ta
 from dataclasses import dataclass
 
 import torch
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..carriers.concept import Concept
 from ..kernels.draws import generator
@@ -161,6 +162,12 @@ class ResidualSession(Session):
 
     def facts(self):
         return {"encoders": [e.key for e in self.encoders], "pictures": max(self.owners) + 1}
+
+    def drawn(self) -> tuple[list, list]:
+        """The residuals, and a prompt for each. Without any: None, and what has the host leave out those who would draw
+        it, since it cannot walk an empty list (execution.py)."""
+        residuals = self.residuals()
+        return residuals or [None], [f"a photo of <{r.name}>" for r in residuals] or [ExecutionBlocker(None)]
 
     def residuals(self) -> list[Concept]:
         """One concept per picture, ``<residual1>`` and so on: "a photo of <residual2>" shows what it absorbed."""

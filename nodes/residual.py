@@ -1,7 +1,6 @@
 """Learning one target and a residual per picture (ConceptPrism)."""
 
 from comfy_api.latest import io
-from comfy_execution.graph_utils import ExecutionBlocker
 
 from . import inputs as shared
 from .sockets import Concept
@@ -185,11 +184,7 @@ class LearnResiduals(io.ComfyNode):
         _, given, text = shared.run(session, values)
         text = "\n".join(filter(None, (text, replaced(values["preset"], **asked))))
         given = (*given[:-1], text)
-        residuals = session.residuals()
-        prompts = [f"a photo of <{concept.name}>" for concept in residuals]
-        if not residuals:  # the host cannot walk an empty list, and what would draw them has nothing to do
-            residuals, prompts = [None], [ExecutionBlocker(None)]
-        return io.NodeOutput(*given, residuals, prompts, ui={"text": (text,)})
+        return io.NodeOutput(*given, *session.drawn(), ui={"text": (text,)})
 
 
 NODES = [LearnResiduals]
