@@ -136,3 +136,23 @@ def test_a_gpu_gives_the_values_and_gradients_of_float64(dtype, near, follow, wi
 
         for ours, exact in zip(found("cuda", dtype), found("cpu", torch.float64), strict=True):
             assert float((ours.double().cpu() - exact).norm() / exact.norm()) < near
+
+
+@pytest.mark.parametrize("what", ["maps", *attention.LOSSES])
+def test_what_is_kept_is_a_hundredth_of_all_maps(what):
+    """Beside what goes in and the attention's own output: SD1.5's maps of 32 x 32 under 77 words."""
+    q, k, v, other = (torch.randn(1, n, 8 * 80, requires_grad=True) for n in (1024, 77, 77, 77))
+    columns, kept = torch.eye(77)[None, :, [5, 7]], {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        if what == "maps":
+            out, found = attention.attend(q, k, v, 8, columns)
+        else:
+            out, found = q, attention.attention_loss(q, k, other, 8, columns, columns, what)
+    for tensor in (q, k, v, other, columns, out):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    assert found.requires_grad and found.nbytes + sum(kept.values()) <= 8 * 1024 * 77 * 4 / 100
