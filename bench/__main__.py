@@ -11,6 +11,7 @@ on one GPU). Needs COMFYUI_PATH.
 
 import argparse
 import importlib
+import os
 import sys
 
 CASES = (
@@ -28,6 +29,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--accept-noise", action="store_true", help="report on a busy machine too, and say so")
     options, rest = parser.parse_known_args()
+    if not os.environ.get("COMFYUI_PATH"):
+        parser.error("set COMFYUI_PATH to a ComfyUI, or run nox -s bench -- CASE, which brings its own")
     return importlib.import_module(f"bench.{options.case}").main(options, rest)
 
 

@@ -3,18 +3,20 @@
 ``plain``: torch's fused product, as the host attends; ``ours``: the same and the maps, mean over heads; ``stored``:
 every map, as diffusers' ``Attention.get_attention_scores`` gives it to prompt-to-prompt's store. Batches of two, eight
 heads, fp32; forward without gradient, and with the backward pass to queries, keys and values. The sides take turns in
-one process; outputs and maps are compared first. ``nox -s bench -- attention_tap``
+one process; outputs and maps are compared first. Then a step of Learn K/V Tokens on half-width SD1.5 at 256 px with its
+attention loss, on maps of half the latent's side and on all, against one without. ``nox -s bench -- attention_tap``
 """
 
 import json
 import os
+import statistics
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
 
-from . import toy
+from . import half, toy
 from .runner import RESULTS, machine, noisy, ratio, reference
 
 LAYERS = ((4096, 40),) * 5 + ((1024, 80),) * 5 + ((256, 160),) * 5 + ((64, 160),)
@@ -79,9 +81,31 @@ def check(layers: list, columns: torch.Tensor) -> dict:
     return held
 
 
+def steps(parts, layers: str, count: int = 4) -> float:
+    """Median seconds of a step of Learn K/V Tokens; ``layers``: whose maps its attention loss compares, or none."""
+    from concepts.host.gradients import training
+    from concepts.host.learn_kv import KVSession, KVSettings
+
+    weight, seconds = (0.0, []) if layers == "none" else (0.003, [])
+    chosen = {} if layers == "none" else {"attention_layers": layers}
+    with torch.inference_mode():
+        session = KVSession(*parts, KVSettings("bench", init_text=half.WORD, attention_weight=weight, **chosen))
+        with training(parts[0], parts[1].patcher):
+            session.begin()
+            learned = {k: v.requires_grad_(True) for k, v in session.parameters.items()}
+            for step in range(count + 1):
+                begun = time.perf_counter()
+                session.step_loss(learned, step, 0).backward()
+                seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])  # the first warms up
+
+
 def main(options, rest) -> int:
     load, products = os.getloadavg()[0], [reference()]
-    toy.alias()
+    modules = half.peers()
+    toy.host()
+    parts = half.parts(*modules)
+    del modules
     columns = torch.eye(TEXT)[None, :, list(WORDS)]
     held, table = check(inputs(False), columns), {}
     for name, grad in {"forward": False, "with backward": True}.items():
@@ -94,6 +118,14 @@ def main(options, rest) -> int:
         products.append(reference())
         table[name] = {which: ratio(taken[which], taken["plain"]) for which in ("ours", "stored")}
         print(name, {k: f"{v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f}) of plain attention" for k, v in table[name].items()})
+    taken = {which: [] for which in ("none", "half", "all")}
+    for number in range(options.repeats):
+        for which in taken if number % 2 else reversed(taken):
+            taken[which].append(steps(parts, which))
+    products.append(reference())
+    table["step with the loss"] = {which: ratio(taken[which], taken["none"]) for which in ("half", "all")}
+    for which, found in table["step with the loss"].items():
+        print(f"attention loss, {which}: {found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f}) of a step without")
     print(f"kept: {held['ours'] / 2**20:.2f} MiB of {held['stored'] / 2**20:.1f}")
     why = noisy(products, load)
     if why and not options.accept_noise:

@@ -62,8 +62,9 @@ def measured(parts, eyes, name: str, seed: int, method: str) -> dict:
 
 
 def at_equal_fidelity(rows: list[dict]) -> dict:
-    """Of concepts and seeds: following (tokens + 120) minus DreamBooth's where its fidelity is the same, interpolated
-    between its steps, with interval; in how many pairs its steps reach that fidelity, which alone count; of how many.
+    """Following (tokens + 120) minus DreamBooth's where its fidelity is the same, interpolated between its steps, and
+    the same of what each lost since its first step, with intervals; in how many pairs of concept and seed its steps
+    reach that fidelity, which alone count; of how many.
     """
     found, of = {}, 0
     for key in sorted({(r["concept"], r["seed"]) for r in rows}):
@@ -76,13 +77,12 @@ def at_equal_fidelity(rows: list[dict]) -> dict:
         ours = mine["tokens + 120"]
         fidelity = np.mean(ours["fidelity"])
         if curve[0][0] <= fidelity <= curve[-1][0]:
-            found[key] = np.mean(ours["following"]) - np.interp(fidelity, *zip(*curve, strict=True))
+            level = np.mean(ours["following"]) - np.interp(fidelity, *zip(*curve, strict=True))
+            began = np.mean(mine["tokens"]["following"]) - np.mean(mine["DreamBooth"]["following"])
+            found[key] = level, level - began
     names = [name for name, _ in found]
-    return {
-        "difference": measure.bootstrap([*found.values()], names) if found else None,
-        "comparable": len(found),
-        "of": of,
-    }
+    kinds = zip(("level", "since the start"), zip(*found.values(), strict=True), strict=False)
+    return {k: measure.bootstrap(values, names) for k, values in kinds} | {"comparable": len(found), "of": of}
 
 
 def main(options, rest) -> int:

@@ -96,17 +96,18 @@ def test_only_missing_runs_are_measured(monkeypatch, tmp_path):
 
 
 def test_following_is_compared_where_fidelity_is_equal():
-    rows = [row("tokens", "a", 0.4, 1.0), row("DreamBooth", "a", 0.2, 1.0)]
+    rows = [row("tokens", "a", 0.4, 1.0), row("DreamBooth", "a", 0.2, 0.98)]
     rows += [row(f"tokens + {s}", "a", f, 0.9) for s, f in ((40, 0.5), (80, 0.55), (120, 0.6))]
     rows += [
         row(f"DreamBooth + {s}", "a", f, k)
         for s, f, k in ((40, 0.3, 1.0), (80, 0.5, 0.8), (120, 0.7, 0.6), (200, 0.8, 0.5))
     ]
     found = stage2.at_equal_fidelity(rows)
-    assert found["difference"] == pytest.approx((0.9 - 0.7,) * 3) and (found["comparable"], found["of"]) == (1, 1)
-    assert stage2.at_equal_fidelity(rows[:-1]) == {"difference": None, "comparable": 0, "of": 0}, "a row is missing"
+    assert found["level"] == pytest.approx((0.9 - 0.7,) * 3) and (found["comparable"], found["of"]) == (1, 1)
+    assert found["since the start"] == pytest.approx((0.9 - 0.7 - (1.0 - 0.98),) * 3)
+    assert stage2.at_equal_fidelity(rows[:-1]) == {"comparable": 0, "of": 0}, "a row is missing"
     far = [r | {"fidelity": [0.9]} if r["method"] == "tokens + 120" else r for r in rows]
-    assert stage2.at_equal_fidelity(far) == {"difference": None, "comparable": 0, "of": 1}, "no step comes there"
+    assert stage2.at_equal_fidelity(far) == {"comparable": 0, "of": 1}, "no step comes there"
 
 
 def test_attention_is_counted_where_the_object_is():
