@@ -42,7 +42,12 @@ def _whole(device: torch.device) -> bool:
     if device.type == "cuda":
         with fp32_products("highest") as whole:
             return whole
-    return device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    if device.type != "cpu":
+        return False
+    own = getattr(torch.backends.mkldnn, "matmul", None)
+    if hasattr(own, "fp32_precision"):  # the older setting cannot be asked for where a program used this one
+        return own.fp32_precision in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _bf16_is_fast(device: torch.device) -> bool:

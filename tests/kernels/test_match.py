@@ -99,6 +99,20 @@ def spied(monkeypatch, name):
     return given
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch 2.9")
+@pytest.mark.parametrize("of, precision", [("cuda", "tf32"), ("mkldnn", "tf32"), ("mkldnn", "bf16")])
+def test_precision_chosen_by_the_newer_settings(products, of, precision):
+    """The older one then cannot be asked for."""
+    backend = getattr(torch.backends, of).matmul
+    kept, backend.fp32_precision = backend.fp32_precision, precision
+    try:
+        assert near._whole(torch.device("cpu")) == (of == "cuda")
+        a, b = both(333, 290, 17)
+        same(match(a, b), whole(a, b))
+    finally:
+        backend.fp32_precision = kept
+
+
 @pytest.mark.parametrize("mutual", [True, False])
 def test_near_ties_are_scored_again(products, monkeypatch, mutual):
     close, sure = spied(monkeypatch, "_near"), spied(monkeypatch, "_sure")
