@@ -4,6 +4,10 @@ import contextlib
 
 import torch
 
+NEWER = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+NEWER = [backend for backend in NEWER if hasattr(backend, "fp32_precision")]
+"""What torch's older setting overwrites, since torch 2.9."""
+
 
 @contextlib.contextmanager
 def fp32_products(precision: str):
@@ -17,8 +21,11 @@ def fp32_products(precision: str):
     except RuntimeError:
         yield False
         return
+    newer = [backend.fp32_precision for backend in NEWER]
     torch.set_float32_matmul_precision(precision)
     try:
         yield True
     finally:
         torch.set_float32_matmul_precision(kept)
+        for backend, own in zip(NEWER, newer, strict=True):
+            backend.fp32_precision = own
