@@ -34,7 +34,7 @@ class Adam:
         b1, b2 = self.betas
         counts = {k: int(state["step"]) - self.late.get(k, 0) for k in parameters}
         parameters = {k: p for k, p in parameters.items() if counts[k] > 0}
-        if self.clip:
+        if self.clip and parameters:
             grads = [p.grad for p in parameters.values()]
             norm = torch.stack([g.norm() for g in grads]).norm()
             torch._foreach_mul_(grads, (self.clip / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_

@@ -42,6 +42,8 @@ def test_late_parameters_wait_and_then_learn_as_if_they_began_then():
     assert torch.equal(waited["b"], start()["b"]) and torch.equal(waited["a"], after(Adam(0.03), "a", 4)["a"])
     both, alone = after(Adam(0.03, late={"b": 4}), "ab", 10), after(Adam(0.03), "b", 6)
     assert torch.equal(both["b"], alone["b"])
+    clipped = after(Adam(0.03, clip=0.1, late={"a": 2, "b": 2}), "ab", 2)
+    assert all(torch.equal(clipped[k], start()[k]) for k in "ab")
 
 
 def test_adam_equals_torch():
