@@ -3,7 +3,7 @@
 import io
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,11 @@ from .files import LARGEST, from_parts, is_own, parse, read_bytes
 
 WIDTHS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g", 4096: "t5xxl"}
 """Encoder keys (comfy/sd1_clip.py ``embedding_key``) by row width, for files that name none."""
+ENCODERS = (*WIDTHS.values(), "umt5xxl", "umt5base", "t5base", "qwen3_8b", "qwen3vl_8b", "qwen3_06b", "hidream_o1")
+ENCODERS += ("chinese_roberta", "jina_clip_2", "sam3_clip")
+"""Encoder keys that a file may name: also those of the same widths, but for words, which may be a token's name."""
+NAMES = {"t5": "t5xxl", "text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+"""Encoder keys by the names that diffusers' training scripts give them."""
 BUNDLE = re.compile(r"bundle_emb\.([^.]+)\.(.+)")
 
 
@@ -84,15 +89,21 @@ def _foreign(content: Mapping, path: Path) -> Concept:
         for k, v in found.items()
         if torch.is_tensor(v) and v.is_floating_point() and v.dim() in (1, 2) and v.numel()
     }
-    known = {k: v for k, v in rows.items() if k in WIDTHS.values()}
+    named = {k: NAMES.get(k, k) for k in rows}
+    known = {named[k]: v for k, v in rows.items() if named[k] in ENCODERS}
+    more = [k for k, v in found.items() if torch.is_tensor(v) and v.dim() and known.get(named.get(k)) is not v]
+    if known and more:
+        raise CarrierFileError(
+            f"{path} holds vectors named {_listed(more)} beside those for {', '.join(known)}; which text encoder they "
+            "are for is not known. Save a file without them."
+        )
     if not known:
         if any(k.endswith((".lora_down.weight", ".lora_A.weight")) for k in map(str, found)):
             raise CarrierFileError(
                 f"{path} is a LoRA of another program and bundles no token rows; use it with the stock LoRA loader."
             )
         if len(rows) != 1:
-            listed = ", ".join(f"{str(k)[:40]}" for k in list(found)[:6]) or "nothing"
-            raise CarrierFileError(f"{path} is not a Textual Inversion file: it holds {listed}.")
+            raise CarrierFileError(f"{path} is not a Textual Inversion file: it holds {_listed(found)}.")
         ((label, value),) = rows.items()
         if value.shape[-1] not in WIDTHS:
             raise CarrierFileError(
@@ -108,6 +119,10 @@ def _foreign(content: Mapping, path: Path) -> Concept:
         )
     except CarrierError as error:
         raise CarrierFileError(f"{path}: {error}") from error
+
+
+def _listed(keys: Iterable) -> str:
+    return ", ".join(str(k)[:40] for k in list(keys)[:6]) or "nothing"
 
 
 def _name(text: object) -> str:

@@ -34,8 +34,9 @@ FILES = {
     "kohya_sdxl.safetensors": {"clip_g": rows(width=1280, dtype=torch.bfloat16), "clip_l": rows(dtype=torch.bfloat16)},
     "flux.safetensors": {"t5xxl": rows(width=4096), "clip_l": rows()},
     "sd2.safetensors": {"emb_params": rows(width=1024)},
+    "wan.safetensors": {"umt5xxl": rows(width=4096)},
 }
-WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280, "t5xxl": 4096}
+WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280, "t5xxl": 4096, "umt5xxl": 4096}
 
 
 def store(content, path):
@@ -63,11 +64,27 @@ def test_equals_what_the_stock_host_reads(file, host, tmp_path):
         ("kohya.safetensors", "kohya", ["clip_l"]),
         ("kohya_sdxl.safetensors", "kohya_sdxl", ["clip_g", "clip_l"]),
         ("sd2.safetensors", "sd2", ["clip_h"]),
+        ("wan.safetensors", "wan", ["umt5xxl"]),
     ],
 )
 def test_names_and_encoders(file, name, keys, tmp_path):
     concept = read_any(store(FILES[file], tmp_path / file))
     assert concept.name == name and sorted(concept.tensors) == keys
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"clip_l": "clip_l", "t5": "t5xxl"},
+        {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"},
+        {"text_encoders_1": "clip_g"},
+    ],
+)
+def test_other_names_of_encoders(names, tmp_path):
+    content = {k: rows(width=WIDTHS[v]) for k, v in names.items()}
+    concept = read_any(store(content, tmp_path / "x.safetensors"))
+    assert concept.tensors.keys() == set(names.values())
+    assert all(torch.equal(concept.tensors[v][0, 0, 0], content[k]) for k, v in names.items())
 
 
 def test_a_lora_with_a_bundled_embedding(tmp_path):
@@ -89,6 +106,9 @@ def test_a_lora_with_a_bundled_embedding(tmp_path):
         ({"a.lora_up": torch.zeros(4, 4), "a.lora_down": torch.zeros(4, 4)}, "not a Textual Inversion file"),
         ({f"lora_unet_x.lora_{part}.weight": torch.zeros(4, 4) for part in ("down", "up")}, "stock LoRA loader"),
         ({"model.weight": torch.zeros(2, 2, 2)}, "not a Textual Inversion file"),
+        ({"clip_l": rows(), "t6": rows(width=4096)}, "named t6 beside those for clip_l"),
+        ({"clip_l": rows(), "clip_g": rows(width=1280)[None]}, "clip_g beside those for clip_l"),
+        ({"clip_l": rows(), "text_encoders_0": rows()}, "beside those for clip_l"),
         ({"clip_l": torch.full((1, 768), float("inf"))}, "not finite"),
     ],
 )
