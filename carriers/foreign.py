@@ -19,7 +19,7 @@ ENCODERS += ("chinese_roberta", "jina_clip_2", "sam3_clip")
 """Encoder keys that a file may name: also those of the same widths, but for words, which may be a token's name."""
 NAMES = {"t5": "t5xxl", "text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 """Encoder keys by the names that diffusers' training scripts give them."""
-BUNDLE = re.compile(r"bundle_emb\.([^.]+)\.(.+)")
+BUNDLE = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|[^.]+)")
 
 
 def read_any(path: Path) -> Concept:

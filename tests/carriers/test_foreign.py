@@ -35,6 +35,12 @@ FILES = {
     "flux.safetensors": {"t5xxl": rows(width=4096), "clip_l": rows()},
     "sd2.safetensors": {"emb_params": rows(width=1024)},
     "wan.safetensors": {"umt5xxl": rows(width=4096)},
+    "bundle.safetensors": {
+        "lora_unet_x.lora_up.weight": torch.zeros(4, 4),
+        "bundle_emb.cat.v1.clip_l": rows(),
+        "bundle_emb.cat.v1.clip_g": rows(width=1280),
+    },
+    "bundle_plain.safetensors": {"bundle_emb.cat.v1.string_to_param.*": rows()},
 }
 WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280, "t5xxl": 4096, "umt5xxl": 4096}
 
@@ -65,6 +71,8 @@ def test_equals_what_the_stock_host_reads(file, host, tmp_path):
         ("kohya_sdxl.safetensors", "kohya_sdxl", ["clip_g", "clip_l"]),
         ("sd2.safetensors", "sd2", ["clip_h"]),
         ("wan.safetensors", "wan", ["umt5xxl"]),
+        ("bundle.safetensors", "cat_v1", ["clip_g", "clip_l"]),
+        ("bundle_plain.safetensors", "cat_v1", ["clip_l"]),
     ],
 )
 def test_names_and_encoders(file, name, keys, tmp_path):
