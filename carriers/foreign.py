@@ -1,5 +1,6 @@
 """Textual Inversion files of other programs, read without ever running what is in them."""
 
+import contextlib
 import io
 import re
 import zipfile
@@ -20,12 +21,15 @@ ENCODERS += ("chinese_roberta", "jina_clip_2", "sam3_clip")
 NAMES = {"t5": "t5xxl", "text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 """Encoder keys by the names that diffusers' training scripts give them."""
 BUNDLE = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|[^.]+)")
+ALLOWING = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
+"""Since torch 2.5."""
 
 
 def read_any(path: Path) -> Concept:
-    """A concept from a file of this pack, A1111 (.pt, SDXL too), diffusers, kohya, or a LoRA with a bundled embedding.
+    """A concept from a file of this pack, of Textual Inversion's authors, A1111 (.pt, SDXL too), diffusers or kohya, or
+    the embedding that a LoRA bundles.
 
-    Pickled files are read with torch's weights-only loader, which builds tensors and nothing else.
+    Pickled files are read with torch's weights-only loader, which builds tensors and nothing else that could run.
     Raises: CarrierFileError saying what is wrong with the file.
     """
     path = Path(path)
@@ -51,10 +55,13 @@ def unpickled(data: bytes, path: Path, what: str = "an embedding", largest: int 
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > largest:
                     raise CarrierFileError(f"it unpacks to more than {what} holds")
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile pickle may raise anything
+        with ALLOWING([torch.nn.ParameterDict]):  # what the authors of Textual Inversion save
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile pickle may raise anything, and torch then advises to run it
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        known = str(error) if isinstance(error, CarrierFileError) else "it is damaged, or of another kind"
         raise CarrierFileError(
-            f"{path} is not {what} that can be loaded safely ({str(error).splitlines()[0][:200]}). "
+            f"{path} is not {what} that can be loaded safely ({f'it asks for {asked[1][:80]}' if asked else known}). "
             "Only tensors are read from .pt and .bin files."
         ) from error
     if not isinstance(content, Mapping):
@@ -66,6 +73,7 @@ def _foreign(content: Mapping, path: Path) -> Concept:
     """Sorts the tensors of a foreign file by text encoder."""
     name, note = None, {}
     param = content.get("string_to_param")
+    param = getattr(param, "_parameters", param)
     bundled = {m[2]: v for k, v in content.items() if isinstance(k, str) and (m := BUNDLE.fullmatch(k))}
     if isinstance(param, Mapping):
         found, kind = dict(param), "A1111"

@@ -27,6 +27,10 @@ FILES = {
         "step": 500,
         "sd_checkpoint_name": "v1-5",
     },
+    "rinongal.pt": {
+        "string_to_token": {"*": torch.tensor(265)},
+        "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(rows())}),
+    },
     "a1111_sdxl.pt": {"clip_l": rows(), "clip_g": rows(width=1280)},
     "diffusers.bin": {"<cat-toy>": rows(1)[0]},
     "diffusers.safetensors": {"<cat-toy>": rows(3)},
@@ -66,6 +70,7 @@ def test_equals_what_the_stock_host_reads(file, host, tmp_path):
     "file, name, keys",
     [
         ("a1111.pt", "my_mug", ["clip_l"]),
+        ("rinongal.pt", "rinongal", ["clip_l"]),
         ("diffusers.bin", "cat-toy", ["clip_l"]),
         ("kohya.safetensors", "kohya", ["clip_l"]),
         ("kohya_sdxl.safetensors", "kohya_sdxl", ["clip_g", "clip_l"]),
@@ -139,12 +144,31 @@ class Hostile:
 def test_code_in_a_pickle_is_never_run(zipped, tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "evil.pt"
     torch.save({"string_to_param": {"*": rows()}, "x": Hostile(marker)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CarrierFileError, match="loaded safely"):
+    refused = rf"loaded safely \(it asks for {os.mkdir.__module__}.mkdir\)"
+    with pytest.raises(CarrierFileError, match=refused):
         read_any(path)
-    path.write_bytes(pickle.dumps(Hostile(marker)))
-    with pytest.raises(CarrierFileError, match="loaded safely"):
+    path.write_bytes(pickle.dumps(Hostile(marker), protocol=2))
+    with pytest.raises(CarrierFileError, match=refused):
         read_any(path)
     assert not marker.exists()
+
+
+def test_no_other_class_in_a_pickle_is_made(tmp_path):
+    allowed = set(torch.serialization.get_safe_globals())
+    for other in (torch.nn.ParameterList([torch.nn.Parameter(rows())]), torch.nn.Linear(2, 2)):
+        path = store({"string_to_param": other}, tmp_path / "x.pt")
+        with pytest.raises(CarrierFileError, match=rf"it asks for torch.nn.modules.\w+.{type(other).__name__}\)"):
+            read_any(path)
+    read_any(store(FILES["rinongal.pt"], tmp_path / "x.pt"))
+    assert set(torch.serialization.get_safe_globals()) == allowed
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 and no more", b"\x80\x02junk", b"\x80\x02\x1b[1m"])
+def test_a_broken_pickle_is_said_to_be_damaged(content, tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(CarrierFileError, match=r"loaded safely \(it is damaged, or of another kind\)"):
+        read_any(path)
 
 
 @pytest.mark.slow
