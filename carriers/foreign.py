@@ -11,8 +11,10 @@ import torch
 
 from .concept import NAME, Concept
 from .errors import CarrierError, CarrierFileError
-from .files import LARGEST, from_parts, is_own, parse, read_bytes
+from .files import from_parts, is_own, parse, read_bytes
 
+LARGEST = 1 << 30
+"""Bytes of an embedding, also in fp32; none comes near it."""
 WIDTHS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g", 4096: "t5xxl"}
 """Encoder keys (comfy/sd1_clip.py ``embedding_key``) by row width, for files that name none."""
 ENCODERS = (*WIDTHS.values(), "umt5xxl", "umt5base", "t5base", "qwen3_8b", "qwen3vl_8b", "qwen3_06b", "hidream_o1")
@@ -51,10 +53,12 @@ def unpickled(data: bytes, path: Path, what: str = "an embedding", largest: int 
     Raises: CarrierFileError naming ``what`` was wanted, when there is more than tensors in it.
     """
     try:
+        size = len(data)
         if data[:2] == b"PK":
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > largest:
-                    raise CarrierFileError(f"it unpacks to more than {what} holds")
+                size = sum(entry.file_size for entry in archive.infolist())
+        if size > largest:
+            raise CarrierFileError(f"it unpacks to more than {what} holds")
         with ALLOWING([torch.nn.ParameterDict]):  # what the authors of Textual Inversion save
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle may raise anything, and torch then advises to run it
@@ -74,29 +78,22 @@ def _foreign(content: Mapping, path: Path) -> Concept:
     name, note = None, {}
     param = content.get("string_to_param")
     param = getattr(param, "_parameters", param)
-    bundled = {m[2]: v for k, v in content.items() if isinstance(k, str) and (m := BUNDLE.fullmatch(k))}
+    bundled = {m: v for k, v in content.items() if isinstance(k, str) and (m := BUNDLE.fullmatch(k))}
     if isinstance(param, Mapping):
         found, kind = dict(param), "A1111"
-        name = content.get("name")
+        name = content.get("name") if isinstance(content.get("name"), str) else None
         note = {k: content[k] for k in ("step", "sd_checkpoint_name") if isinstance(content.get(k), (int, str))}
     elif bundled:
-        names = {m[1] for k in content if (m := BUNDLE.fullmatch(k))}
+        names = {m[1] for m in bundled}
         if len(names) > 1:
             raise CarrierFileError(
                 f"{path} bundles several embeddings ({', '.join(sorted(names))}); save one of them to a file."
             )
-        found, kind, name = (
-            {k.removeprefix("string_to_param."): v for k, v in bundled.items()},
-            "bundle_emb",
-            names.pop(),
-        )
+        found = {m[2].removeprefix("string_to_param."): v for m, v in bundled.items()}
+        kind, name = "bundle_emb", names.pop()
     else:
         found, kind = dict(content), "kohya" if "emb_params" in content else "diffusers"
-    rows = {
-        k: v
-        for k, v in found.items()
-        if torch.is_tensor(v) and v.is_floating_point() and v.dim() in (1, 2) and v.numel()
-    }
+    rows = {k: v for k, v in found.items() if isinstance(k, str) and torch.is_tensor(v) and _rows(v)}
     named = {k: NAMES.get(k, k) for k in rows}
     known = {named[k]: v for k, v in rows.items() if named[k] in ENCODERS}
     more = [k for k, v in found.items() if torch.is_tensor(v) and v.dim() and known.get(named.get(k)) is not v]
@@ -121,12 +118,22 @@ def _foreign(content: Mapping, path: Path) -> Concept:
         known = {WIDTHS[value.shape[-1]]: value}
         name = name or (label if label.startswith("<") else None)
     try:
-        tensors = {k: v.reshape(1, 1, 1, -1, v.shape[-1]) for k, v in known.items()}
+        if sum(v.numel() for v in known.values()) > LARGEST // 4:
+            raise CarrierError("It holds more numbers than an embedding does; take another file.")
+        tensors = {k: v.detach().float().reshape(1, 1, 1, -1, v.shape[-1]) for k, v in known.items()}
+        if wrong := [k for k, v in tensors.items() if not bool(v.isfinite().all())]:
+            raise CarrierError(f"It holds numbers under {', '.join(wrong)} that are not finite; take another file.")
         return Concept(
             _name(name or path.stem), "tokens", tensors, {"source": f"{kind} embedding", "file": path.name, **note}
         )
-    except CarrierError as error:
+    except (CarrierError, RuntimeError) as error:  # torch converts not every type
         raise CarrierFileError(f"{path}: {error}") from error
+
+
+def _rows(value: torch.Tensor) -> bool:
+    """Whether it is vectors; files can also hold tensors that are sparse, of uneven rows, or without numbers."""
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+    return plain and value.is_floating_point() and value.dim() in (1, 2) and value.numel() > 0
 
 
 def _listed(keys: Iterable) -> str:

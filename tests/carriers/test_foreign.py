@@ -122,12 +122,45 @@ def test_a_lora_with_a_bundled_embedding(tmp_path):
         ({"clip_l": rows(), "t6": rows(width=4096)}, "named t6 beside those for clip_l"),
         ({"clip_l": rows(), "clip_g": rows(width=1280)[None]}, "clip_g beside those for clip_l"),
         ({"clip_l": rows(), "text_encoders_0": rows()}, "beside those for clip_l"),
-        ({"clip_l": torch.full((1, 768), float("inf"))}, "not finite"),
+        ({"clip_l": torch.full((1, 768), float("inf"))}, "numbers under clip_l that are not finite; take another"),
+        ({"emb_params": torch.full((1, 768), 1e300, dtype=torch.float64)}, "under clip_l .* not finite; take another"),
     ],
 )
 def test_other_files_are_refused(content, message, tmp_path):
     with pytest.raises(CarrierFileError, match=message):
         read_any(store(content, tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {0: rows()},
+        {b"clip_l": rows()},
+        {("a", 1): rows()},
+        {"string_to_param": {265: rows()}},
+        {265: rows(), "bundle_emb.mug.string_to_param.*": torch.zeros(2, 2, 2)},
+        {"string_to_param": {"*": rows().to("meta")}},
+        {"string_to_param": {"*": rows().to_sparse()}},
+        {"string_to_param": {"*": torch.nested.nested_tensor([rows()[0], rows()[1]])}},
+    ],
+    ids=["int", "bytes", "tuple", "inner", "bundle", "meta", "sparse", "nested"],
+)
+def test_odd_keys_and_tensors_are_refused(content, tmp_path):
+    with pytest.raises(CarrierFileError, match="x.pt is not a Textual Inversion file: it holds"):
+        read_any(store(content, tmp_path / "x.pt"))
+
+
+def test_a_small_file_of_huge_tensors_is_refused(tmp_path):
+    """All of them count: together they would take 3 GB."""
+    content = {k: torch.zeros(1, w).expand(60_000, w) for k, w in WIDTHS.items()}
+    path = store(content, tmp_path / "x.pt")
+    assert path.stat().st_size < 50_000
+    with pytest.raises(CarrierFileError, match="more numbers than an embedding does"):
+        read_any(path)
+
+
+def test_a_name_that_is_no_text_is_not_taken(tmp_path):
+    assert read_any(store({**FILES["a1111.pt"], "name": ["cat"]}, tmp_path / "mug.pt")).name == "mug"
 
 
 class Hostile:
