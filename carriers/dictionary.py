@@ -79,6 +79,11 @@ class Dictionary:
                 )
         if bool((tensors["scale"] == 0).any()):
             raise CarrierError(f"Dictionary {self.name}: scale holds a zero, which cannot be undone; train it again.")
+        if not _labels(info.get("words") or []):
+            raise CarrierError(
+                f"Dictionary {self.name}: words has to be one list per latent, of pairs of a word and its activation; "
+                "load or train it again."
+            )
         if info.get("norm", "none") not in NORMS:
             raise CarrierError(
                 f"Dictionary {self.name} prepares tokens by {str(info['norm'])[:40]!r}, which this version does not "
@@ -125,6 +130,14 @@ class Dictionary:
         return "\n".join(lines)
 
 
+def _labels(words: Any) -> bool:
+    """Whether they are what ``info["words"]`` has to be."""
+    return isinstance(words, list) and all(
+        isinstance(one, list) and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in one)
+        for one in words
+    )
+
+
 def write_dictionary(dictionary: Dictionary, path: Path) -> None:
     """Writes ``path`` whole or not at all. Raises: CarrierFileError when the disk refuses, naming the file."""
     tensors = {**dictionary.tensors, **{STATE + k: v for k, v in dictionary.state.items()}}
@@ -156,5 +169,5 @@ def own_dictionary(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, s
             json.loads(metadata[OWN + "info"]),
             {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)},
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CarrierFileError(f"{path} is not a whole dictionary: {error}") from error

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from concepts.carriers.codes import Codes, contrast, prune
 from concepts.carriers.dictionary import Dictionary, write_dictionary
 from concepts.carriers.errors import CarrierError, CarrierFileError
-from concepts.carriers.files import parse, read_concept, write_concept
+from concepts.carriers.files import OWN, digest, parse, read_concept, write_concept
 from concepts.carriers.foreign import read_any
 from concepts.carriers.foreign_dictionary import read_dictionary
 
@@ -123,6 +123,21 @@ def test_what_else_is_refused():
         Dictionary("words", {k: v for k, v in parts().items() if k != "mean"}, K)
     with pytest.raises(CarrierError, match="update the pack"):
         Dictionary("words", parts(), K, {"norm": "softmax"})
+    for words in (5, "mug", [5], [["mug"]], [[["mug"]]], [[[2.5, "mug"]]], {"0": []}):
+        with pytest.raises(CarrierError, match="words has to be one list"):
+            Dictionary("words", parts(), K, {"words": words})
+    assert "corpus words: 0" in Dictionary("words", parts(), K, {"words": None}).summary()
+
+
+@pytest.mark.parametrize("info", ["5", "[1]", "null", "[" * 100_000, '{"words": 5}', '{"norm": {}}', "{", "1" * 5000])
+def test_facts_of_any_form_are_refused_with_a_sentence(info, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_dictionary(made(), path)
+    tensors, metadata = parse(path.read_bytes(), path)
+    metadata |= {OWN + "info": info}
+    save_file(tensors, path, metadata | {OWN + "digest": digest(tensors, metadata)})
+    with pytest.raises(CarrierFileError, match="a.safetensors"):
+        read_dictionary(path)
 
 
 def test_damaged_files_are_refused_with_a_sentence(tmp_path):
