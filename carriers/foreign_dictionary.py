@@ -147,7 +147,8 @@ def _openai(content: Mapping, config: Mapping) -> Found:
 
 
 def _sparsify(content: Mapping, config: Mapping) -> Found:
-    _refused(config, activation=("topk",), transcode=(False,), skip_connection=(False,))
+    _refused(config, activation=("topk",), signed=(False,), transcode=(False,), skip_connection=(False,))
+    _refused(config, embed_skip=(False,), gram_lookup=(False,))
     _refused(config, batch_topk=(False,), sample_topk=(False,))  # SAeUron's: a token's code depends on the others
     parts = _parts(content["encoder.weight"], content["encoder.bias"], content["W_dec"], content["b_dec"])
     return parts, int(config.get("k") or 0), {"norm": "layer"} if config.get("input_unit_norm") else {}

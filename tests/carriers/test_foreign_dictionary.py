@@ -188,6 +188,10 @@ def test_k_can_be_given_where_the_file_has_none(tmp_path):
         ("a.safetensors", SPARSIFY, {"k": K, "batch_topk": True}, "batch_topk is True"),
         ("a.safetensors", SPARSIFY, {"k": K, "sample_topk": True}, "sample_topk is True"),
         ("a.safetensors", SPARSIFY, {"k": K, "transcode": True}, "transcode"),
+        *(
+            ("a.safetensors", SPARSIFY, {"k": K, name: True}, f"{name} is True")
+            for name in ("signed", "embed_skip", "gram_lookup")
+        ),
         ("a.safetensors", {**SPARSIFY, "W_dec": W_D[:5]}, {"k": K}, "has shape"),
         ("a.pt", {**OPENAI, "encoder.weight": B_E}, {"k": K}, "do not fit|not whole"),
     ],
