@@ -201,6 +201,11 @@ def _matrices(content: Mapping, config: Mapping) -> Found:
     if config.get("rescale_acts_by_decoder_norm"):
         norm = decoder.norm(dim=1)
         encoder, bias, decoder = encoder * norm[:, None], bias * norm, decoder / norm[:, None]
+    if config.get("finetuning_scaling_factor"):
+        factor = content.get("finetuning_scaling_factor", content.get("scaling_factor"))
+        if factor is None:
+            raise CarrierError(f"It was finetuned, and its factors are missing; its keys are {_listed(content)}.")
+        decoder = decoder * factor.float()[:, None]  # they multiply what is decoded, not the code
     info = {"norm": norms[config.get("normalize_activations")]}
     hook = (config.get("metadata") or config.get("meta") or config).get("hook_name")
     info |= {"hook": hook} if hook else {}

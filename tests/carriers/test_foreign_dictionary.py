@@ -26,7 +26,7 @@ def draw(*shape, seed=0):
 
 X = draw(N, D, seed=1) * 2 + 0.5
 W_E, W_D, B_E, B_D = draw(M, D, seed=2), draw(M, D, seed=3), 0.1 * draw(M, seed=4), 0.3 * draw(D, seed=5)
-THETA = draw(M, seed=6).abs()
+THETA, FACTOR = draw(M, seed=6).abs(), 0.5 + draw(M, seed=9).abs()
 
 
 def top(p, k=K):
@@ -119,6 +119,24 @@ CASES = {
         {**LENS, "architecture": "standard", "apply_b_dec_to_input": False},
         lambda: plain(RAW),
     ),
+    "SAELens, finetuned": (
+        "sae_weights.safetensors",
+        {**MATRICES, "finetuning_scaling_factor": FACTOR},
+        {**LENS, "architecture": "topk", "k": K, "finetuning_scaling_factor": True},
+        lambda: (top(pre()), FACTOR * top(pre()) @ W_D + B_D),
+    ),
+    "SAELens, finetuned long ago": (
+        "sae_weights.safetensors",
+        {**MATRICES, "scaling_factor": FACTOR},
+        {**LENS, "architecture": "standard", "finetuning_scaling_factor": True},
+        lambda: (pre().relu(), FACTOR * pre().relu() @ W_D + B_D),
+    ),
+    "SAELens, not finetuned": (
+        "sae_weights.safetensors",
+        {**MATRICES, "scaling_factor": torch.ones(M)},
+        {**LENS, "architecture": "standard", "finetuning_scaling_factor": False},
+        lambda: plain(pre().relu()),
+    ),
     "SAELens layer norm": (
         "sae_weights.safetensors",
         MATRICES,
@@ -183,6 +201,10 @@ def test_k_can_be_given_where_the_file_has_none(tmp_path):
         *(
             ("a.safetensors", MATRICES, {**LENS, "normalize_activations": norm}, f"is {norm!r}; only .*'layer_norm'")
             for norm in ("expected_average_only_in", "covariance_whitening", True)
+        ),
+        *(
+            ("a.safetensors", {**MATRICES, **more}, {**LENS, "finetuning_scaling_factor": True}, message)
+            for more, message in (({}, "its factors are missing"), ({"scaling_factor": FACTOR[:5]}, "do not fit"))
         ),
         ("a.safetensors", SPARSIFY, {"k": K, "activation": "groupmax"}, "groupmax"),
         ("a.safetensors", SPARSIFY, {"k": K, "batch_topk": True}, "batch_topk is True"),
