@@ -3,10 +3,12 @@
 ``plain``: torch's fused product, as the host attends; ``ours``: the same and the maps, mean over heads; ``stored``:
 every map, as diffusers' ``Attention.get_attention_scores`` gives it to prompt-to-prompt's store. Batches of two, eight
 heads, fp32; forward without gradient, and with the backward pass to queries, keys and values. The sides take turns in
-one process; outputs and maps are compared first. Then a step of Learn K/V Tokens on half-width SD1.5 at 256 px with its
-attention loss, on maps of half the latent's side and on all, against one without. ``nox -s bench -- attention_tap``
+one process, in every order, as each leaves its memory to the next; outputs and maps are compared first. Then a step of
+Learn K/V Tokens on half-width SD1.5 at 256 px with its attention loss, on maps of half the latent's side and on all,
+against one without. ``nox -s bench -- attention_tap``
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -21,7 +23,7 @@ from .runner import RESULTS, machine, noisy, ratio, reference
 
 LAYERS = ((4096, 40),) * 5 + ((1024, 80),) * 5 + ((256, 160),) * 5 + ((64, 160),)
 """Pixels, and numbers per head."""
-BATCH, HEADS, TEXT, WORDS, PAIRS, GOAL = 2, 8, 77, (5, 7), 9, 1.05
+BATCH, HEADS, TEXT, WORDS, ROUNDS, GOAL = 2, 8, 77, (5, 7), 12, 1.05
 
 
 def plain(q, k, v, columns):
@@ -110,8 +112,9 @@ def main(options, rest) -> int:
     held, table = check(inputs(False), columns), {}
     for name, grad in {"forward": False, "with backward": True}.items():
         layers, taken = inputs(grad), {s: [] for s in SIDES}
-        for number in range(PAIRS + 1):
-            for which in list(SIDES) if number % 2 else reversed(SIDES):
+        orders = itertools.cycle(itertools.permutations(SIDES))
+        for number, order in zip(range(ROUNDS + 1), orders, strict=False):
+            for which in order:
                 spent = seconds(SIDES[which], layers, columns, grad)
                 if number:  # the first warms up
                     taken[which].append(spent)
