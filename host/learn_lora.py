@@ -12,6 +12,7 @@ import torch
 from ..carriers import delta
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
+from ..carriers.files import LARGEST
 from ..kernels.draws import times
 from ..kernels.fit import Adam
 from . import lora
@@ -74,6 +75,11 @@ class LoraSession(Session):
                 "it to tokens if its rows are to be named."
             )
         self.chosen = lora.layers(model, settings.targets, settings.single_blocks)
+        if (size := 12 * lora.size(model, self.chosen, settings.rank)) > LARGEST:  # factors and two moments, fp32
+            raise ValueError(
+                f"A LoRA of rank {settings.rank} on {len(self.chosen)} layers has {size >> 20} MiB with the state of the "
+                f"optimiser, and files of this pack at most {LARGEST >> 20}; lower rank, or choose fewer layers."
+            )
         self.tokens = _rows_of(tokens) if tokens else (as_tokens(earlier) if earlier else None)
         self.residuals = [_plain(_rows_of(r)) for r in residuals]
         self.prior = prior if settings.prior_weight else None

@@ -53,6 +53,12 @@ def layers(model, choice: str, single_blocks: bool = False) -> dict[str, str]:
     return found
 
 
+def size(model, chosen: Mapping[str, str], rank: int) -> int:
+    """Numbers in both factors of all layers."""
+    modules = dict(model.model.diffusion_model.named_modules())
+    return rank * sum(modules[path].in_features + modules[path].out_features for path in chosen.values())
+
+
 def start(model, chosen: Mapping[str, str], rank: int, seed: int) -> dict[str, torch.Tensor]:
     """First values of both factors per layer, fp32 on the model's device.
 

@@ -46,9 +46,8 @@ def nearest_words(encoder, rows: torch.Tensor, count: int = 5) -> list[list[tupl
     table = table / table.norm(dim=-1, keepdim=True).clamp_min(1e-8)
     rows = rows.to(table)
     best = (rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-8) @ table.T).topk(count)
-    words = encoder.tokenizer.inv_vocab
     return [
-        [(str(words.get(int(i), i)).replace("</w>", ""), float(c)) for c, i in zip(cosine, index, strict=True)]
+        [(encoder.spelt([int(i)]), float(c)) for c, i in zip(cosine, index, strict=True)]
         for cosine, index in zip(best.values, best.indices, strict=True)
     ]
 

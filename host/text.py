@@ -5,7 +5,7 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ NAMED = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
 TOKENS = "concept_tokens"
 """Key in an entry: what ``clip.tokenize`` gave for its prompt, where its rows are no longer what the encoder says of
 that alone."""
+BEGINNINGS = "\u2581\u0120"
+"""What names of tokens begin with where a word does, but for CLIP's."""
 MARKS = 1e6
 """What rows that mark a place hold, plus their number: no row of words does, and fp32 still counts there."""
 
@@ -49,6 +51,12 @@ class Encoder(NamedTuple):
         """Token ids of plain text without start and end."""
         end = -1 if self.tokenizer.tokenizer_adds_end_token else None
         return list(self.tokenizer.tokenizer(text)["input_ids"][self.tokenizer.tokens_start : end])
+
+    def spelt(self, ids: Sequence[int]) -> str:
+        """What tokens of one word spell; CLIP has its letters in bytes, each under a name of its own."""
+        names = self.tokenizer.inv_vocab
+        word = "".join(str(names.get(n, n)).removesuffix("</w>").lstrip(BEGINNINGS) for n in ids)
+        return word if word.isascii() else self.tokenizer.tokenizer.decode(list(ids)).strip()
 
     def rows(self, text: str) -> torch.Tensor:
         """Input rows [tokens, width] of plain text, fp32."""

@@ -8,13 +8,11 @@ from typing import NamedTuple
 import torch
 
 from ..carriers.errors import CarrierMismatch
-from .text import Encoder, encoders, ready
+from .text import BEGINNINGS, Encoder, encoders, ready
 from .words import placed
 
 AT_ONCE = 64
 """Pieces of prompts (77 tokens of CLIP, whole prompts of T5) per pass."""
-MARKS = "\u2581\u0120"
-"""What begins a word in vocabularies."""
 
 
 class Spoken(NamedTuple):
@@ -90,26 +88,20 @@ def _begins(encoder: Encoder, ids: Sequence) -> list[bool]:
     def parted(before: str | None, piece: str | None) -> bool:
         if before is None or piece is None:
             return True
-        return before.endswith("</w>") if ends else piece[:1] in MARKS or not re.match(r"\w", piece)
+        return before.endswith("</w>") if ends else piece[:1] in BEGINNINGS or not re.match(r"\w", piece)
 
     return [parted(*pair) for pair in itertools.pairwise([None, *pieces, None])]
 
 
 def words_of(encoder: Encoder, ids: tuple[int, ...]) -> list[tuple[str, list[int]]]:
     """Words that tokens spell, each with the numbers of its tokens; a comma is a word too."""
-    names = encoder.tokenizer.inv_vocab
-    found: list[tuple[str, list[int]]] = []
-    for number, (token, begins) in enumerate(zip(ids, _begins(encoder, ids), strict=False)):
-        text = str(names.get(token, token)).removesuffix("</w>").lstrip(MARKS)
+    found: list[list[int]] = []
+    for number, begins in enumerate(_begins(encoder, ids)[:-1]):
         if begins:
-            found.append((text, [number]))
-        else:
-            found[-1] = (found[-1][0] + text, [*found[-1][1], number])
-
-    def spelled(word: str, numbers: list[int]) -> str:  # CLIP has its letters in bytes, each under a name of its own
-        return word if word.isascii() else encoder.tokenizer.tokenizer.decode([ids[n] for n in numbers]).strip()
-
-    return [(spelled(word, numbers), numbers) for word, numbers in found if word]
+            found.append([])
+        found[-1].append(number)
+    words = [(encoder.spelt([ids[n] for n in numbers]), numbers) for numbers in found]
+    return [(word, numbers) for word, numbers in words if word]
 
 
 def find_word(encoder: Encoder, ids: Sequence, word: str) -> list[list[int]]:

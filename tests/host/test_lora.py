@@ -443,6 +443,17 @@ def test_what_does_not_fit_is_refused(toy, mug_set):
         LoraSession(toy[0], toy[1], mug_set, settings(class_pictures=2))
 
 
+def test_factors_too_large_to_keep_are_refused_before_learning(toy, mug_set, monkeypatch):
+    from concepts.host import learn_lora, lora
+
+    monkeypatch.setattr(learn_lora, "LARGEST", 1 << 20)
+    with pytest.raises(ValueError, match="rank 64 on .* layers has [0-9]+ MiB .* at most 1; lower rank"):
+        learn(toy, mug_set, rank=64)
+    chosen = lora.layers(toy[0], "attention")
+    held = lora.start(toy[0], chosen, 3, 0).values()
+    assert lora.size(toy[0], chosen, 3) == sum(v.numel() for v in held)
+
+
 def test_tokens_cannot_be_continued(toy, mug_set):
     with pytest.raises(CarrierMismatch, match="only a LoRA can be continued here; .*connect it to tokens"):
         learn(toy, mug_set, earlier=rows(), token_text="sks mug")
