@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from concepts.carriers.errors import CarrierError, CarrierMismatch
+from concepts.carriers.errors import CarrierMismatch
 from concepts.carriers.files import read_concept
 from concepts.kernels.fit import Diverged
 
-from .tiny import FAMILIES, tiny
+from .tiny import tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -135,76 +135,6 @@ def test_interrupts_keep_the_concept_and_the_host(toy, mug_set, monkeypatch):
     assert same(again.concept.tensors, fresh.concept.tensors) and same(rest.concept.tensors, fresh.concept.tensors)
 
 
-LEARNERS = {
-    "kv": ("learn_kv", "KVSession", "KVSettings", {"init_text": "mug", "stages": 2}),
-    "residual": ("learn_residual", "ResidualSession", "ResidualSettings", {"init_text": "mug", "anchors": 1}),
-    "neti": ("learn_neti", "NetiSession", "NetiSettings", {"init_text": "mug"}),
-    "lora": ("learn_lora", "LoraSession", "LoraSettings", {"token_text": "sks mug"}),
-}
-"""Module, session, settings and what these need, of the learners besides tokens."""
-
-
-def made_by(kind: str, toy, data, earlier=None, **changes):
-    """A session of one of ``LEARNERS``."""
-    import importlib
-
-    module, one, given, needed = LEARNERS[kind]
-    module = importlib.import_module(f"concepts.host.{module}")
-    return getattr(module, one)(
-        toy[0], toy[1], data, getattr(module, given)(**{"name": "mug", **needed, **changes}), earlier
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", LEARNERS)
-def test_an_interrupt_keeps_what_any_learner_has_done(toy, mug_set, kind, monkeypatch):
-    """Weights of the model are as before, the file goes on to what an unbroken run gives, and that one's is left."""
-    import comfy.model_management as management
-
-    from concepts.host import folders
-    from concepts.host import learn as learning
-
-    def run(steps, earlier=None):
-        with torch.inference_mode():
-            session = made_by(kind, toy, mug_set, earlier, steps=steps)
-            return learning.learn(session, preview_every=0, save_every=0, checkpointing="off")
-
-    before, whole = weights(toy), run(4)
-    there, show = set(folders.output("autosave").iterdir()), learning.Progress.show
-
-    def pressed(self, done, *pictures):
-        if done == 2:
-            management.interrupt_current_processing()
-        show(self, done, *pictures)
-
-    monkeypatch.setattr(learning.Progress, "show", pressed)
-    with pytest.raises(management.InterruptProcessingException):
-        run(4)
-    monkeypatch.setattr(learning.Progress, "show", show)
-    (file,) = set(folders.output("autosave").iterdir()) - there
-    kept = read_concept(file)
-    assert read_concept(whole.saved).info["steps"] == 4
-    assert kept.info["steps"] == 2 and same(weights(toy), before) and not management.in_training
-    rest = run(2, kept)
-    assert same(rest.concept.tensors, whole.concept.tensors) and same(rest.concept.state, whole.concept.state)
-    assert rest.losses == whole.losses and rest.terms == whole.terms
-
-
-@pytest.mark.parametrize("kind", LEARNERS)
-def test_a_name_that_cannot_be_written_is_refused_before_learning(toy, mug_set, kind):
-    for name in ("my dog", "<mug>", ""):
-        with pytest.raises(CarrierError, match="letters, digits"):
-            made_by(kind, toy, mug_set, name=name)
-
-
-def test_masked_loss_needs_a_mask(toy, mug_set):
-    bare = replace(mug_set, masks=(None,) * 5)
-    with pytest.raises(ValueError, match="no picture has a mask"):
-        learn(toy, bare, masked_loss=True)
-    one = replace(mug_set, masks=(mug_set.masks[0], *(None,) * 4))
-    assert len(learn(toy, one, masked_loss=True, steps=1).losses) == 1
-
-
 @pytest.mark.slow
 def test_a_live_preview_shows_where_the_model_looks(toy, mug_set, monkeypatch):
     """Beside the estimate: the first picture under the concept's map; the node says step and loss."""
@@ -221,54 +151,6 @@ def test_a_live_preview_shows_where_the_model_looks(toy, mug_set, monkeypatch):
     )
     assert not torch.equal(*pictures) and len(said) == 4
     assert said[-1] == f"step 4 of 4; loss {done.losses[-1]:.4f}"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_shows_where_it_looks(family, mug_set):
-    from concepts.host.gradients import training
-    from concepts.host.learn_tokens import TokenSession
-
-    made = tiny(family)
-    with torch.inference_mode():
-        data = replace(
-            mug_set,
-            latents=(made.latent,) * 2,
-            masks=(None,) * 2,
-            captions=(("a {} on sand",),) * 2,
-            mirrored=(False,) * 2,
-        )
-        session = TokenSession(made.model, made.clip, data, settings())
-        with training(made.model, made.clip.patcher):
-            session.begin()
-            seen = session.seen()
-    assert seen is not None and seen.shape[-1] == 3 and bool(torch.isfinite(seen).all()) and float(seen.std()) > 0
-
-
-@pytest.mark.parametrize("other", ["clip", "latent"])
-def test_parts_of_another_model_are_named(mug_set, other):
-    one, two = tiny("sd15"), tiny("sdxl" if other == "clip" else "flux")
-    latent = (two if other == "latent" else one).latent
-    data = replace(mug_set, latents=(latent,), masks=(None,), captions=(("a {}",),), mirrored=(False,))
-    clip = (two if other == "clip" else one).clip
-    message = "own CLIP" if other == "clip" else "own VAE"
-    with pytest.raises(CarrierMismatch, match=f"another kind of model; connect the model's {message}"):
-        learn((one.model, clip), data)
-
-
-def test_a_caption_that_one_encoder_cuts_ends_no_run(mug_set):
-    """The rows of SDXL's two encoders are cut to the shorter, so columns of the longer one are too many."""
-    from concepts.host.gradients import training
-    from concepts.host.learn_tokens import TokenSession
-
-    made = tiny("sdxl")
-    with torch.inference_mode():
-        texts = ("a {} on" + " sand" * 50,)
-        data = replace(mug_set, latents=(made.latent,), masks=(None,), captions=(texts,), mirrored=(False,))
-        session = TokenSession(made.model, made.clip, data, settings(vectors=32, encoders=("clip_g",)))
-        with training(made.model, made.clip.patcher):
-            session.begin()
-            seen = session.seen()
-    assert seen is not None and bool(torch.isfinite(seen).all())
 
 
 @pytest.mark.slow
@@ -418,25 +300,6 @@ def test_masked_loss_counts_the_masked_area_only(toy, mug_set):
     full = replace(mug_set, masks=tuple(torch.ones_like(m) for m in mug_set.masks))
     everywhere = learn(toy, full, masked_loss=True)
     assert everywhere.before == pytest.approx(whole.before, rel=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", LEARNERS)
-def test_memory_stays_flat_with_any_learner(toy, mug_set, kind):
-    """As the next test, over 40 cycles after ten."""
-    from concepts.host import learn as learning
-
-    def cycle(seed):
-        with torch.inference_mode():
-            session = made_by(kind, toy, mug_set, steps=1, seed=seed)
-            learning.learn(session, preview_every=0, save_every=0, checkpointing="off")
-
-    for seed in range(10):
-        cycle(seed)
-    start = resident()
-    for seed in range(10, 50):
-        cycle(seed)
-    assert resident() <= 1.03 * start
 
 
 def resident() -> int:
