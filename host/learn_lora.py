@@ -77,8 +77,8 @@ class LoraSession(Session):
         self.chosen = lora.layers(model, settings.targets, settings.single_blocks)
         if (size := 12 * lora.size(model, self.chosen, settings.rank)) > LARGEST:  # factors and two moments, fp32
             raise ValueError(
-                f"A LoRA of rank {settings.rank} on {len(self.chosen)} layers has {size >> 20} MiB with what Adam keeps, "
-                f"and files here at most {LARGEST >> 20}; lower rank, or choose fewer layers."
+                f"A LoRA of rank {settings.rank} on {len(self.chosen)} layers has {size >> 20} MiB with what Adam "
+                f"keeps, and files of this pack at most {LARGEST >> 20}; lower rank, or choose fewer layers."
             )
         self.tokens = _rows_of(tokens) if tokens else (as_tokens(earlier) if earlier else None)
         self.residuals = [_plain(_rows_of(r)) for r in residuals]
