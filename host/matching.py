@@ -125,11 +125,11 @@ def covered(
 
 
 def points(y: torch.Tensor, x: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Centres of cells of a grid (rows, columns) as [k, 2] x and y in pixels of a picture (height, width), at its edge
-    where they are outside."""
+    """Centres of cells of a grid (rows, columns) as [k, 2] x and y in pixels of a picture (height, width), at its last
+    pixel where they are outside."""
     (height, width), (down, right) = grid, reach(grid, size)
     across, along = (x + 0.5) * right / width, (y + 0.5) * down / height
-    return torch.stack([across.clamp(max=size[1]), along.clamp(max=size[0])], 1)
+    return torch.stack([across.clamp(max=size[1] - 0.5), along.clamp(max=size[0] - 0.5)], 1)
 
 
 def matches(first, second, name, pictures=(0, 0), masks=(None, None), *, mutual, minimum, best, finer) -> Matches:

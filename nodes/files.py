@@ -93,8 +93,8 @@ class LoadCarrier(io.ComfyNode):
             node_id="ConceptLoadCarrier",
             display_name="Load Concept",
             category="concepts/files",
-            description="Reads a concept saved by this pack, a Textual Inversion file of A1111, diffusers or kohya, or "
-            "the rows that a LoRA bundles.",
+            description="Reads a concept saved by this pack, a Textual Inversion file of its authors, A1111, diffusers "
+            "or kohya, or the rows that a LoRA bundles.",
             search_aliases=["load embedding", "textual inversion loader"],
             inputs=[
                 io.Combo.Input(

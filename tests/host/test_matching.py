@@ -62,6 +62,15 @@ def test_cells_that_reach_beyond_the_picture_keep_their_size(odd):
         assert inside.first.tolist() == [[72, 52]]
 
 
+def test_points_lie_inside_the_picture():
+    """Half of the last cell does, at 520 pixels; the host leaves tracks outside out (nodes_wanmove.py)."""
+    from concepts.host.matching import matches
+
+    one = Features({"dift": torch.randn(1, 64, 33, 33, generator=torch.Generator().manual_seed(0))}, 520, 520)
+    found = matches(one, one, "dift", **HOW)
+    assert len(found.first) == 33 * 33 and float(found.first.max()) < 520 and float(found.second.max()) < 520
+
+
 def test_what_cannot_be_compared_says_why(moved):
     from concepts.host.matching import matches
 
