@@ -169,11 +169,21 @@ class Marked:
     def entry(self, cond: torch.Tensor, facts: dict, wrapper: Callable) -> list:
         """A CONDITIONING entry that bears the mark and brings ``wrapper`` (APPLY_MODEL) to whatever samples with it."""
         kinds = comfy.patcher_extension.WrappersMP
-        own = {kinds.CALC_COND_BATCH: self.note, kinds.APPLY_MODEL: wrapper}
+        own = {kinds.OUTER_SAMPLE: _without_empty_hooks, kinds.CALC_COND_BATCH: self.note, kinds.APPLY_MODEL: wrapper}
         hook = VariantHook({"wrappers": {kind: {"concept-carriers": [f]} for kind, f in own.items()}})
         group = facts["hooks"].clone() if facts.get("hooks") is not None else comfy.hooks.HookGroup()
         group.add(hook)
         return [cond, {**facts, "hooks": group, PROMPTS: (*facts.get(PROMPTS, ()), self)}]
+
+
+def _without_empty_hooks(executor, *args, **kwargs):
+    """An OUTER_SAMPLE wrapper. Where other prompts bring hooks that are registered, the host leaves None in the place
+    of ``VariantHook``, and then asks it (samplers.py filter_registered_hooks_on_conds, process_conds)."""
+    for entries in executor.class_obj.conds.values():
+        for entry in entries:
+            if entry.get("hooks", entry) is None:
+                del entry["hooks"]
+    return executor(*args, **kwargs)
 
 
 def _own(entry: dict) -> bool:
@@ -219,8 +229,10 @@ class Variants(Marked):
     def apply(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **more):
         """The APPLY_MODEL wrapper. Raises: CarrierMismatch when another node changed the prompt's rows."""
         options, context, grid = transformer_options or {}, c_crossattn, self.grid
-        spots = self.spots(context)
-        if not set(self.rows(options, len(x), context) or ()) <= set(spots[:, 0].tolist()):
+        spots, mine = self.spots(context), set(self.rows(options, len(x), context) or ())
+        marked = {row for other in options.get(PROMPTS, {}) for row in other.rows(options, len(x), None)}
+        spots = spots[[row in mine or row not in marked for row in spots[:, 0].tolist()]]  # equal texts stay apart
+        if not mine <= set(spots[:, 0].tolist()):
             raise CarrierMismatch(
                 "The prompt holds a concept whose rows change with stage, layer or for K and V, and another node "
                 "changed its conditioning (such as ConditioningAverage), so that they cannot be told any more; put "

@@ -1,5 +1,7 @@
 """Rows per stage, layer and role: the stock sampler sees the contexts that are meant, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -204,6 +206,43 @@ def test_a_zeroed_prompt_is_left_as_it_is(unet, roles):
         (zeroed,), (empty,) = (nodes.ConditioningZeroOut().zero_out(c) for c in (ours, plain))
     for positive in (ours, plain):
         assert torch.equal(sample(unet, positive, zeroed), sample(unet, positive, empty))
+
+
+@pytest.mark.parametrize("side", ["negative", "beside", "both"])
+def test_hooks_of_other_prompts(unet, side):
+    """The host leaves None in the place of hooks that it does not register, and asks it."""
+    import comfy.hooks
+    import comfy.lora
+
+    keys = comfy.lora.model_lora_keys_unet(unet.model.model, {})
+    name = next(n for n, key in keys.items() if n.startswith("lora_unet_") and key.endswith("attn2.to_k.weight"))
+    high, wide = unet.model.model.get_parameter(keys[name]).shape
+    factors = {"lora_down": torch.randn(2, wide), "lora_up": torch.randn(high, 2)}
+    lora = {f"{name}.{k}.weight": v for k, v in factors.items()}
+
+    def hooked(entries):
+        group = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
+        return comfy.hooks.set_hooks_for_conditioning(entries, group)
+
+    found = []
+    for given in (concept(unet, stages=2, same=True), concept(unet, seed=0)):
+        own, plain = prompt(unet, "a photo of <mug>", given), prompt(unet, "a photo")
+        if side == "beside":
+            found.append(sample(unet, own + hooked(plain)))
+        else:
+            found.append(sample(unet, own, hooked(own if side == "both" else plain)))
+    assert near(*found)
+
+
+def test_prompts_of_equal_rows_stay_apart(unet):
+    """Two nodes may encode one text, and two concepts may have one mean."""
+    whole = concept(unet, stages=2)
+    turned = replace(whole, tensors={k: v.flip(0) for k, v in whole.tensors.items()})
+    one, two, other = (prompt(unet, "a photo of <mug>", c) for c in (whole, whole, turned))
+    assert torch.equal(sample(unet, one, two), sample(unet, one, one))
+    assert torch.equal(sample(unet, one + two, cfg=1.0), sample(unet, one + one, cfg=1.0))
+    both = sample(unet, one, other, cfg=2.0, steps=1)
+    assert near(both, 2 * sample(unet, one, cfg=1.0, steps=1) - sample(unet, other, cfg=1.0, steps=1))
 
 
 def test_areas_ranges_and_combined_prompts(unet):
