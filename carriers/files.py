@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -128,10 +128,11 @@ def discard(path: Path) -> None:
         path.unlink()
 
 
-def claim(folder: Path, name: str) -> Path:
+def claim(folder: Path, name: str, taken: Callable[[Path], bool] = lambda path: False) -> Path:
     """An empty file under a name that none has yet: ``name``, or ``name_2``, ``name_3``, ...
 
-    Anything but letters, digits, blank, dot, - and _ becomes _. Raises: CarrierFileError when the disk refuses.
+    ``taken``: whether a path may not be used though no file is there. Anything but letters, digits, blank, dot, - and _
+    becomes _. Raises: CarrierFileError when the disk refuses.
     """
     stem = re.sub(r"[^\w .-]", "_", name.removesuffix(".safetensors"), flags=re.ASCII).strip(" .")[:100]
     stem = f"_{stem}" if not stem or RESERVED.fullmatch(stem) else stem
@@ -140,23 +141,24 @@ def claim(folder: Path, name: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         while True:
             path = Path(folder) / f"{stem}{f'_{number}' if number > 1 else ''}.safetensors"
-            try:
+            number += 1
+            if taken(path):
+                continue
+            with contextlib.suppress(FileExistsError):
                 path.open("xb").close()  # taken for us, also against a second process
                 return path
-            except FileExistsError:
-                number += 1
     except OSError as error:
         raise CarrierFileError(
             f"{path} could not be written ({error.strerror or error}); choose another folder."
         ) from error
 
 
-def write_new(concept: Concept, folder: Path, name: str, notes: Mapping[str, str] | None = None) -> Path:
-    """Writes to ``folder`` under a name no file has yet, as ``claim`` finds it.
+def write_new(concept: Concept, folder: Path, name: str, notes: Mapping[str, str] | None = None, **more) -> Path:
+    """Writes to ``folder`` under a name no file has yet, as ``claim`` finds it with ``more``.
 
     Raises: CarrierFileError as ``write_concept`` does.
     """
-    path = claim(folder, name)
+    path = claim(folder, name, **more)
     try:
         write_concept(concept, path, notes)
     except BaseException:
@@ -184,7 +186,7 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         raise CarrierFileError(f"{path} is not a safetensors file, or it is cut off; copy or save it again.")
     try:
         metadata = json.loads(header).get("__metadata__", {})
-        return load(data), dict(metadata)
+        return dict(sorted(load(data).items())), dict(metadata)  # which come in an order of chance
     except Exception as error:  # safetensors and json raise what they like on hostile bytes
         raise CarrierFileError(f"{path} is damaged ({str(error)[:200]}); copy or save it again.") from error
 

@@ -61,7 +61,7 @@ def mix(
             f"to_layer to at most {len(names)}."
         )
     rows = {k: _mixed(a, b, k, mode, amount, first, end, len(names)) for k in a.tensors}
-    info = {k: a.info[k] for k in ("init_text", "architecture", "base", "encoders") if k in a.info}
+    info = {k: a.info[k] for k in ("init_text", "architecture", "base", "clip", "encoders") if k in a.info}
     info |= {"mixed": [a.name, b.name], "mode": mode, "amount": amount, "layers": list(names)}
     return Concept(name, "tokens", rows, info | ({"from_layer": first, "to_layer": end} if mode == "layers" else {}))
 

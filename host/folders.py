@@ -39,6 +39,17 @@ def output(*inner: str) -> Path:
     return Path(folder_paths.get_output_directory(), KIND, *inner)
 
 
+def shadowed(path: Path) -> bool:
+    """Whether the host finds another file under the name that it would list this one by."""
+    for kind in (*KINDS, DICTIONARIES):
+        for place in folder_paths.get_folder_paths(kind):
+            inner = path.relative_to(place) if path.is_relative_to(place) else None
+            found = folder_paths.get_full_path(kind, str(inner)) if inner else None
+            if found and Path(found) != path:
+                return True
+    return False
+
+
 def saved_dictionaries() -> list[str]:
     """Names of every dictionary file."""
     return folder_paths.get_filename_list(DICTIONARIES)
@@ -69,17 +80,19 @@ def home(folder: str, concept) -> Path:
         return output()
     if concept.kind == "modulation":
         raise ValueError(f"<{concept.name}> modulates words, which only Concept Prompt can do; choose concepts.")
+    rows = as_tokens(concept) if concept.kind != "mapper" else None
+    plain = rows is not None and all(value.shape[:3] == (1, 1, 1) for value in rows.tensors.values())
     if folder == "loras" and concept.kind != "delta":
-        raise ValueError(f"<{concept.name}> is made of {concept.kind}; choose concepts or embeddings.")
-    if folder == "embeddings":
-        rows = as_tokens(concept) if concept.kind != "mapper" else None
-        if rows is None:
-            raise ValueError(f"<{concept.name}> holds no token rows, so it is no embedding; choose concepts or loras.")
-        if any(value.shape[:3] != (1, 1, 1) for value in rows.tensors.values()):
-            raise ValueError(
-                f"<{concept.name}> has rows per stage, layer or for K and V, which only Concept Prompt can use; choose "
-                "concepts."
-            )
+        places = "concepts or embeddings" if plain else "concepts"
+        raise ValueError(f"<{concept.name}> is made of {concept.kind}, which is no LoRA; choose {places}.")
+    if folder == "embeddings" and rows is None:
+        places = "concepts or loras" if concept.kind == "delta" else "concepts"
+        raise ValueError(f"<{concept.name}> holds no token rows, so it is no embedding; choose {places}.")
+    if folder == "embeddings" and not plain:
+        raise ValueError(
+            f"<{concept.name}> has rows per stage, layer or for K and V, which only Concept Prompt can use; choose "
+            "concepts."
+        )
     return Path(folder_paths.get_folder_paths(folder)[0])
 
 

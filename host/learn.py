@@ -115,7 +115,7 @@ class Kept:
         """Writes the file; returns why it could not, and logs it, instead of ending the run."""
         first = self.file is None
         try:
-            self.file = self.file or claim(self.folder, self.name)
+            self.file = self.file or claim(self.folder, self.name, folders.shadowed)
             self.write(what, self.file)
             return ""
         except CarrierFileError as error:

@@ -79,6 +79,7 @@ class SaveCarrier(io.ComfyNode):
             folders.home(folder, concept),
             name.replace(" ", "_") if folder == "embeddings" else name,  # a prompt's embedding:name ends at a blank
             {k: json.dumps(v) for k, v in notes.items() if v is not None},
+            taken=folders.shadowed,
         )
         shown = f"{folder}/{target.name}"
         return io.NodeOutput(shown, ui={"text": (f"saved {shown}", str(target))})

@@ -125,7 +125,8 @@ def test_round_trip(made, tmp_path):
     write_concept(made(), tmp_path / "a.safetensors", {"prompt": json.dumps({"1": {}})})
     assert same(read_concept(tmp_path / "a.safetensors"), made())
     assert same(read_any(tmp_path / "a.safetensors"), made())
-    _, metadata = parse((tmp_path / "a.safetensors").read_bytes(), tmp_path)
+    tensors, metadata = parse((tmp_path / "a.safetensors").read_bytes(), tmp_path)
+    assert list(tensors) == sorted(tensors), "safetensors gives them in an order of chance"
     assert metadata["prompt"] == '{"1": {}}' and metadata["modelspec.trigger_phrase"] == f"<{made().name}>"
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o666 & ~_umask()
 

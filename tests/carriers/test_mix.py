@@ -1,5 +1,7 @@
 """Two concepts become one: exact ends, shapes that fit or are refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,3 +108,8 @@ def test_loras_are_refused():
     lora = Concept("deep", "delta", {f"lora_unet_a.{key}": value for key, value in parts.items()})
     with pytest.raises(CarrierMismatch, match="kind delta.*connect one from Learn Concept Tokens"):
         mix(concept(), lora, "m")
+
+
+def test_a_mix_knows_the_text_encoders_that_it_was_learned_with():
+    a = replace(concept(), info={**concept().info, "clip": ["clip_l"]})
+    assert mix(a, concept(seed=1), "m").info["clip"] == ["clip_l"]

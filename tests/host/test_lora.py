@@ -474,8 +474,27 @@ def test_places_for_files(toy, mug_set):
         with pytest.raises(ValueError, match="which only Concept Prompt can use"):
             folders.home("embeddings", kept)
     assert folders.home("embeddings", rows()).name == "embeddings"
-    with pytest.raises(ValueError, match="concepts or embeddings"):
+    with pytest.raises(ValueError, match="is made of tokens, which is no LoRA; choose concepts or embeddings"):
         folders.home("loras", rows())
+    with pytest.raises(ValueError, match="choose concepts[.]"):
+        folders.home("loras", rows(shape=(2, 1, 2)))
+
+
+def test_a_name_that_the_host_would_read_elsewhere_is_taken(host, tmp_path, monkeypatch):
+    """It looks into models before output, and into the pack's examples last."""
+    import folder_paths
+
+    from concepts.carriers.files import read_concept, write_concept, write_new
+    from concepts.host import folders
+
+    places = [tmp_path / "models", tmp_path / "output", tmp_path / "examples"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.KIND, ([str(p) for p in places], {".safetensors"}))
+    write_concept(rows(), places[0] / "mug.safetensors")
+    write_concept(rows(), places[2] / "cup.safetensors")
+    for name, expected in (("mug", "mug_2"), ("cup", "cup_2"), ("hat", "hat"), ("hat", "hat_2")):
+        path = write_new(rows(), places[1], name, taken=folders.shadowed)
+        assert path == places[1] / f"{expected}.safetensors" and read_concept(path).name == "mug"
+    assert not folders.shadowed(tmp_path / "elsewhere" / "mug.safetensors")
 
 
 @pytest.mark.slow
