@@ -179,4 +179,5 @@ class KVSession(Session):
         clean, passes = self.looks()
         if not passes:
             return torch.full((1, 1, 1, 3), 0.5)
-        return grid(background(self.model.model.latent_format, clean), [f"<{self.settings.name}>"], passes)
+        picture = background(self.model.model.latent_format, clean)
+        return grid(picture, [f"<{self.settings.name}>"], passes, picture.shape[0] // clean.shape[-2])

@@ -26,14 +26,22 @@ def by_scale(maps: Mapping[Layer, torch.Tensor], column: int) -> dict[int, torch
     return {scale: torch.stack(groups[scale]).mean(0) for scale in sorted(groups)}
 
 
-def mask_of(maps: list[Mapping[Layer, torch.Tensor]], column: int, height: int, width: int) -> torch.Tensor:
-    """MASK [1, height, width]: the mean of the map over layer groups and passes, spread to 0..1."""
-    parts = [_sized(one, height, width) for each in maps for one in by_scale(each, column).values()]
+def mask_of(
+    maps: list[Mapping[Layer, torch.Tensor]], column: int, height: int, width: int, pixels: int
+) -> torch.Tensor:
+    """MASK [1, height, width]: the mean of the map over layer groups and passes, spread to 0..1.
+
+    ``pixels``: of the mask per latent pixel's side.
+    """
+    size = (height, width)
+    parts = [_sized(one, size, scale * pixels) for each in maps for scale, one in by_scale(each, column).items()]
     return _spread(torch.stack([p / p.mean().clamp_min(1e-12) for p in parts]).mean(0))[None]
 
 
-def _sized(one: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return F.interpolate(one[None, None], (height, width), mode="bilinear")[0, 0]
+def _sized(one: torch.Tensor, size: tuple[int, int], cell: int) -> torch.Tensor:
+    # not stretched over the picture: the last cells may lie in part outside of it
+    far = [cells * cell for cells in one.shape]
+    return F.interpolate(one[None, None], far, mode="bilinear")[0, 0, : size[0], : size[1]]
 
 
 def _spread(one: torch.Tensor) -> torch.Tensor:
@@ -54,8 +62,8 @@ def background(latent_format, latent: torch.Tensor, side: int = 256) -> torch.Te
 
 
 def overlay(picture: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
-    """Picture [h, w, 3] under the colours of a map [h', w']; the strongest pixels hide most of it."""
-    heat = _spread(_sized(one, *picture.shape[:2]))
+    """Picture [h, w, 3] under the colours of a map [h, w]; the strongest pixels hide most of it."""
+    heat = _spread(one)
     place = heat * (len(HOT) - 1)
     low = place.floor().clamp(max=len(HOT) - 2).long()
     colour = torch.lerp(HOT[low], HOT[low + 1], (place - low)[..., None])
@@ -63,12 +71,13 @@ def overlay(picture: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
 
 
 def grid(
-    picture: torch.Tensor, words: list[str], passes: list[tuple[str, Mapping[Layer, torch.Tensor]]]
+    picture: torch.Tensor, words: list[str], passes: list[tuple[str, Mapping[Layer, torch.Tensor]]], pixels: int
 ) -> torch.Tensor:
     """IMAGE [1, H, W, 3]: a row per word, a column per pass and size of maps.
 
-    picture [h, w, 3] in 0..1; ``passes``: label and layer -> [n, words]. Each overlay is spread over its own range; the
-    number below it is the share of the attention that the word has, in percent.
+    picture [h, w, 3] in 0..1; ``passes``: label and layer -> [n, words]; ``pixels``: of the picture per latent pixel's
+    side. Each overlay is spread over its own range; the number below it is the share of the attention that the word
+    has, in percent.
     """
     columns = [(label, scale) for label, maps in passes for scale in by_scale(maps, 0)]
     height, width = picture.shape[:2]
@@ -82,9 +91,9 @@ def grid(
     for y, word in enumerate(words):
         top = 2 * LABEL + y * (height + LABEL + 4)
         draw.text((4, top + height // 2), word.encode("latin-1", "replace").decode("latin-1"), fill=(30, 30, 30))
-        cells = [one for _, maps in passes for one in by_scale(maps, y).values()]
-        for x, one in enumerate(cells):
-            shown = (overlay(picture, one) * 255).round().byte().numpy()
+        cells = [pair for _, maps in passes for pair in by_scale(maps, y).items()]
+        for x, (scale, one) in enumerate(cells):
+            shown = (overlay(picture, _sized(one, (height, width), scale * pixels)) * 255).round().byte().numpy()
             image.paste(Image.fromarray(shown), (left + x * (width + 4), top))
             draw.text((left + x * (width + 4), top + height + 1), f"{100 * float(one.mean()):.1f}%", fill=(90, 90, 90))
     return batch([image])

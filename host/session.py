@@ -209,7 +209,8 @@ class Session:
             tap = tap_of(self.model, columns, clean)
             d(d.noised(clean, noise, sigma), sigma, entries, both(change, tap))
         picture = background(d.model.latent_format, clean)
-        return overlay(picture, mask_of([{k: v[0] for k, v in tap.take().items()}], 0, *picture.shape[:2])[0])
+        maps, pixels = {k: v[0] for k, v in tap.take().items()}, picture.shape[0] // clean.shape[-2]
+        return overlay(picture, mask_of([maps], 0, *picture.shape[:2], pixels)[0])
 
     def concept(self, state: Mapping[str, torch.Tensor], losses: list[float], **facts) -> Concept:
         """The concept as it stands."""

@@ -156,4 +156,6 @@ def shown(model, clip, text, concepts, words: str, levels: str, seed: int, image
         picture = background(model.model.latent_format, model.model.process_latent_in(found[None]))
     picture = picture.float().cpu()
     passes = [(" ".join([f"t {one.time:g}", one.stage]).strip(), one.maps) for one in looks]
-    return grid(picture, names, passes), mask_of([one.maps for one in looks], 0, *picture.shape[:2])
+    pixels = picture.shape[0] // found.shape[-2]
+    mask = mask_of([one.maps for one in looks], 0, *picture.shape[:2], pixels)
+    return grid(picture, names, passes, pixels), mask

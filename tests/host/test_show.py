@@ -188,6 +188,35 @@ def test_the_toy_model_looks_at_the_object(toy, scene):
     assert float(found[0][mask > 0.5].mean()) > 1.3 * float(found[0][mask < 0.5].mean())
 
 
+@pytest.mark.parametrize("side, pixels, scale", [(65, 8, 8), (17, 8, 2), (17, 15, 2), (85, 3, 4)])
+def test_cells_that_reach_beyond_the_picture_keep_their_size(side, pixels, scale):
+    """A hot cell lies where its latent pixels are, also where a latent stands for the picture."""
+    from concepts.host.attention import Layer
+    from concepts.host.overlays import grid, mask_of
+
+    cells, size = -(-side // scale), side * pixels
+    hot = torch.zeros(cells, cells)
+    hot[-2, -3] = 1
+    maps = {Layer("input.1", 0, scale, cells, cells): hot.reshape(-1, 1)}
+    mask, cell = mask_of([maps], 0, size, size, pixels)[0], scale * pixels
+    y, x = ((mask == mask.max()).nonzero().float().mean(0) + 0.5).tolist()
+    assert (y, x) == pytest.approx(((cells - 1.5) * cell, (cells - 2.5) * cell), abs=1)
+    page = grid(torch.zeros(size, size, 3), ["a"], [("t", maps)], pixels)[0, 32 : 32 + size, 15 : 15 + size]
+    red = page[..., 0] - page[..., 2]
+    assert int(red.argmax()) // size == pytest.approx((cells - 1.5) * cell, abs=cell / 2)
+
+
+def test_cells_that_fill_the_picture_are_spread_over_it():
+    from concepts.host.attention import Layer
+    from concepts.host.overlays import mask_of
+
+    seen = torch.rand(5 * 10, 1, generator=torch.Generator().manual_seed(0))
+    spread = torch.nn.functional.interpolate(seen.reshape(1, 1, 5, 10), (60, 120), mode="bilinear")[0]
+    spread = spread / spread.mean()
+    expected = (spread - spread.min()) / (spread.max() - spread.min())
+    assert torch.equal(mask_of([{Layer("input.1", 0, 4, 5, 10): seen}], 0, 60, 120, 3), expected)
+
+
 def test_a_latent_will_do_and_a_picture_is_needed(toy, scene):
     from concepts.host.show import shown
 
