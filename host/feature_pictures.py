@@ -7,6 +7,7 @@ from ..carriers.errors import CarrierMismatch
 from ..carriers.features import Features
 from ..kernels.pca import principal, spread
 from .feature_places import ATTENTION, ROLES
+from .matching import in_cells, reach
 
 AUTO, WORDS = "auto", "attention"
 KINDS = (AUTO, "dift", *ROLES, WORDS)
@@ -25,9 +26,10 @@ def chosen_map(features: Features, kind: str) -> torch.Tensor:
     return features.map(next(iter(features.maps)) if kind == AUTO else kind)
 
 
-def cells_in(mask: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor:
+def cells_in(mask: torch.Tensor | None, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Cells [pictures, h, w] at least half of which a MASK [1 or pictures, H, W] covers; all without a mask.
 
+    ``size``: height and width of the pictures.
     Raises: CarrierMismatch when the numbers of masks and pictures differ.
     """
     if mask is None:
@@ -37,7 +39,8 @@ def cells_in(mask: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor:
         raise CarrierMismatch(
             f"There are {len(mask)} masks for {len(maps)} pictures; connect one each, or one for all."
         )
-    return F.interpolate(mask[:, None], maps.shape[-2:], mode="area")[:, 0].expand(len(maps), -1, -1) >= 0.5
+    cells = torch.stack([in_cells(one, maps.shape[-2:], size) for one in mask])
+    return cells.expand(len(maps), -1, -1) >= 0.5
 
 
 def coloured(
@@ -50,12 +53,14 @@ def coloured(
     Raises: CarrierError for a map that is not there; CarrierMismatch when the two cannot have one basis; ValueError
     for masks that cover no cell.
     """
-    maps = [chosen_map(features, kind)]
-    masks = [cells_in(mask, maps[0])]
+    size = (features.height, features.width)
+    maps, sizes = [chosen_map(features, kind)], [size]
+    masks = [cells_in(mask, maps[0], size)]
     if second is not None:
         name = next(iter(features.maps)) if kind == AUTO else kind
         maps.append(chosen_map(second, name if name in second.maps else kind))
-        masks.append(cells_in(second_mask, maps[1]))
+        sizes.append((second.height, second.width))
+        masks.append(cells_in(second_mask, maps[1], sizes[1]))
         if maps[0].shape[1] != maps[1].shape[1]:
             raise CarrierMismatch(
                 f"The two features have {maps[0].shape[1]} and {maps[1].shape[1]} channels; extract both with the same "
@@ -66,9 +71,11 @@ def coloured(
         raise ValueError("The masks cover no cell of the features; connect the masks of these pictures, or none.")
     mean, basis = principal(rows, 3)
     colours, pictures = spread((rows - mean) @ basis), []
-    for m, inside, part in zip(maps, masks, colours.split([int(i.sum()) for i in masks]), strict=True):
+    parts = colours.split([int(i.sum()) for i in masks])
+    for m, inside, part, own in zip(maps, masks, parts, sizes, strict=True):
         seen = torch.full((len(m), *m.shape[-2:], 3), OUTSIDE)
         seen[inside] = part
-        size = (features.height, features.width)
-        pictures.append(F.interpolate(seen.movedim(-1, 1), size, mode="nearest-exact").movedim(1, -1))
+        far = [round(f * to / side) for f, to, side in zip(reach(m.shape[-2:], own), size, own, strict=True)]
+        whole = F.interpolate(seen.movedim(-1, 1), far, mode="nearest-exact")
+        pictures.append(whole[..., : size[0], : size[1]].movedim(1, -1))
     return torch.cat(pictures)

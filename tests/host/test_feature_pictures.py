@@ -46,6 +46,22 @@ def test_colours_are_spent_inside_the_mask():
     assert float(inside.std()) > 5 * float(coloured(Features({"key": maps}, 8, 16))[0, :, 8:].std())
 
 
+def test_cells_that_reach_beyond_the_picture_keep_their_size():
+    """Cells of 16 pixels: the last row reaches 12 beyond, the last column 8. The second picture is drawn half as large,
+    and the mask is three times as large as the first one."""
+    given = torch.randn(1, 6, 4, 5, generator=torch.Generator().manual_seed(0))
+    image = coloured(Features({"key": given}, 52, 72), "auto", Features({"key": given}, 104, 144))
+    assert torch.allclose(image[0], image[1], atol=1e-5)
+    for y, x in ((15, 15), (16, 16), (47, 63), (48, 64)):
+        assert torch.equal(image[0, y, x], image[0, y // 16 * 16, x // 16 * 16])
+    assert not torch.equal(image[0, 47, 63], image[0, 47, 64]) and not torch.equal(image[0, 47, 63], image[0, 48, 63])
+    mask = torch.zeros(1, 156, 216)
+    mask[:, : 2 * 48, : 3 * 48] = 1
+    shown = coloured(Features({"key": given}, 52, 72), mask=mask)[0]
+    dark = (shown == shown.new_tensor(0.1)).all(-1)
+    assert bool(dark[32:].all()) and bool(dark[:, 48:].all()) and not bool(dark[:32, :48].any())
+
+
 def test_kinds_are_chosen_by_name():
     words = {"attention a": torch.rand(2, 1, 4, 4), "attention b": torch.rand(2, 1, 4, 4)}
     given = made(dift=torch.randn(2, 5, 4, 4), **words)
@@ -88,7 +104,7 @@ def test_cells_of_the_toy_worlds_mug_find_the_mug(toy, scenes):
     assert "half of the decoder" in report and "mean of 8 noises" in report
 
     def hits(maps):
-        inside, rate, chance = cells_in(masks, maps), 0.0, 0.0
+        inside, rate, chance = cells_in(masks, maps, (128, 128)), 0.0, 0.0
         unit = torch.nn.functional.normalize(maps.movedim(1, -1), dim=-1)
         for a in range(8):
             b = (a + 1) % 8
