@@ -136,17 +136,22 @@ def ranked(reference: Features, candidates: Features, mask: torch.Tensor | None)
         score, alike = found.score, []
         for role in looks:
             one, two = both(reference, candidates, role, 0, number)
-            alike.append(F.cosine_similarity(at_cells(one, found.first, a), at_cells(two, found.second, b)))
+            own = (one, found.first, a, (reference.height, reference.width))
+            other = (two, found.second, b, (candidates.height, candidates.width))
+            alike.append(F.cosine_similarity(at_cells(*own), at_cells(*other)))
         scores.append(float((score * torch.stack(alike).mean(0) if alike else score).mean()))
     order = sorted(enumerate(scores), key=lambda pair: -pair[1])
     return Ranking(order, ["dift", *looks])
 
 
-def at_cells(grid: torch.Tensor, cells: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Features [k, c] of a grid [c, h, w] at the centres of flat cells [k] of another grid of the same picture."""
-    height, width = like.shape[1:]
-    y = (cells // width + 0.5) * grid.shape[1] / height - 0.5
-    return kernel.at(grid, y, (cells % width + 0.5) * grid.shape[2] / width - 0.5)
+def at_cells(grid: torch.Tensor, cells: torch.Tensor, like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Features [k, c] of a grid [c, h, w] at the centres of flat cells [k] of another grid of the same picture (height,
+    width)."""
+    (down, right), (own_down, own_right) = (
+        [far // n for far, n in zip(reach(g.shape[1:], size), g.shape[1:], strict=True)] for g in (like, grid)
+    )
+    y, x = cells // like.shape[2], cells % like.shape[2]
+    return kernel.at(grid, (y + 0.5) * (down / own_down) - 0.5, (x + 0.5) * (right / own_right) - 0.5)
 
 
 def transferred(first: Features, second: Features, name: str, mask: torch.Tensor) -> torch.Tensor:

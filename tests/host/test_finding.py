@@ -175,6 +175,16 @@ def test_looks_of_a_finer_grid_are_read_at_the_same_places():
     assert plain.maps == ["dift"] and "by dift" in plain.text() and plain.chart().shape[-1] == 3
 
 
+def test_looks_are_read_at_the_same_places_where_cells_reach_beyond_the_picture():
+    """40 pixels are 5 cells of 8, and 3 of 16, of which the last one reaches 8 beyond."""
+    from concepts.host.finding import at_cells
+
+    ramp = (torch.arange(5) * 8.0 + 4).expand(1, 5, 5)
+    coarse = (torch.arange(3) * 16.0 + 8).expand(1, 3, 3)
+    assert at_cells(ramp, torch.tensor([0, 4]), coarse, (40, 40))[:, 0].tolist() == [8, 24]
+    assert at_cells(coarse, torch.tensor([1, 23]), ramp, (40, 40))[:, 0].tolist() == [12, 28]
+
+
 def test_an_empty_mask_is_no_part(moved):
     from concepts.host.finding import transferred
 
