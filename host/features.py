@@ -130,11 +130,14 @@ def unscaled(d: Denoiser, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def mean_map(records: dict[Layer, torch.Tensor]) -> torch.Tensor:
-    """Maps per layer [b, n, c] -> their mean [b, c, h, w] on the largest grid, smaller ones interpolated."""
-    largest = max(records, key=lambda layer: layer.height * layer.width)
-    size = (largest.height, largest.width)
-    parts = [s.float().mT.unflatten(-1, (layer.height, layer.width)) for layer, s in records.items()]
-    return torch.stack([F.interpolate(p, size, mode="bilinear") for p in parts]).mean(0)
+    """Maps per layer [b, n, c] -> their mean [b, c, h, w] on the largest grid, smaller ones interpolated, whose last
+    cells may lie in part outside."""
+    largest, parts = max(records, key=lambda layer: layer.height * layer.width), []
+    for layer, seen in records.items():
+        maps, times = seen.float().mT.unflatten(-1, (layer.height, layer.width)), layer.scale // largest.scale
+        maps = F.interpolate(maps, (layer.height * times, layer.width * times), mode="bilinear")
+        parts.append(maps[..., : largest.height, : largest.width])
+    return torch.stack(parts).mean(0)
 
 
 def extracted(

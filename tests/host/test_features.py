@@ -393,3 +393,13 @@ def test_unread_models_are_refused():
     made.model.model.__class__ = type("Other", (type(made.model.model),), {})
     with pytest.raises(CarrierMismatch, match="Features of Other cannot be read"):
         extract(made, [])
+
+
+def test_maps_of_all_layers_lie_over_each_other():
+    """A latent of 9 x 9 has cells of twice the size at 5 x 5, the last of which lie half outside."""
+    from concepts.host.attention import Layer
+    from concepts.host.features import mean_map
+
+    ramp = torch.arange(5.0).add(0.5).mul(2).expand(5, 5).reshape(1, 25, 1)  # where its centres are, in smaller cells
+    found = mean_map({Layer("a", 0, 1, 9, 9): torch.zeros(1, 81, 1), Layer("b", 0, 2, 5, 5): ramp})[0, 0, 4]
+    torch.testing.assert_close(2 * found[1:8], torch.arange(1.0, 8).add(0.5))
