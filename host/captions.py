@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from .concept_set import ConceptSet
-from .text import NAMED, encode_many, encoders, end_to_end, even, mark_of, mark_rows, ready, variant, with_rows
+from .text import INNER, NAMED, encode_many, encoders, end_to_end, even, mark_of, mark_rows, ready, variant, with_rows
 from .variants import Grid, with_contexts
 from .words import CAPTION, unmarked
 
@@ -46,7 +46,7 @@ class Prompts:
         for number, (name, of_mark) in enumerate(counts.items()):
             own = {e.key: e.rows("" if name else word) for e in encoders(clip) if e.key not in of_mark}
             lengths = {**of_mark, **{key: len(rows) for key, rows in own.items()}}
-            table[f"mark-{number}"] = {
+            table[f"{INNER}{number}"] = {
                 e.key: mark_rows(STRIDE * number + torch.arange(lengths[e.key]), e.width) for e in encoders(clip)
             }
             self.plain[name] = own
@@ -54,7 +54,7 @@ class Prompts:
 
         def marked(match):
             known = match[1] in self.names
-            return f" embedding:mark-{self.names.index(match[1])} " if known else match[0]
+            return f" embedding:{INNER}{self.names.index(match[1])} " if known else match[0]
 
         self.tokens = [marking.tokenize(MARK.sub(marked, NAMED.sub("{}", t)).strip()) for t in texts]
         for encoder in encoders(clip):

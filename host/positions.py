@@ -8,7 +8,7 @@ import torch
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from .captions import STRIDE
-from .text import NAMED, Encoder, concept_rows, encoders, fill, mark_of, mark_rows, named_rows, with_rows
+from .text import INNER, NAMED, Encoder, concept_rows, encoders, fill, mark_of, mark_rows, named_rows, with_rows
 from .token_features import find_word
 from .variants import layers_of
 from .words import placed, unmarked
@@ -96,13 +96,13 @@ def columns_of(
         if held is None:
             names[name] = concept.info.get("token_text") or name
             continue
-        names[name] = f"embedding:place-{number}"
-        table[f"place-{number}"] = {
+        names[name] = f"embedding:{INNER}{number}"
+        table[f"{INNER}{number}"] = {
             key: mark_rows(torch.full(rows.shape[-2:-1], number * STRIDE), rows.shape[-1])
             for key, rows in concept_rows(clip, held).items()
         }
     marking = with_rows(clip, table) if table else clip
-    marks = {f"embedding:{place}": int(place.removeprefix("place-")) for place in table}
+    marks = {f"embedding:{place}": int(place.removeprefix(INNER)) for place in table}
     tokens = marking.tokenize(fill(text, names)) if tokens is None else tokens
     rows: dict[str, list[int]] = {word: [] for word in wanted}
     total = 0

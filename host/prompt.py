@@ -12,6 +12,7 @@ from . import modulation, words
 from .gradients import ordinary
 from .neti import places, read, with_bypass
 from .text import (
+    INNER,
     MARKS,
     NAMED,
     TOKENS,
@@ -90,7 +91,7 @@ def _named(clip, text: str, by_name: Mapping[str, tuple[Concept, float]]) -> tup
         if strength == 0:
             names[name] = concept.info.get("init_text") or ""
         else:
-            names[name] = f"embedding:concept-{len(shown)}"
+            names[name] = f"embedding:{INNER}{len(shown)}"
             shown.append(_Shown(concept, rows, bypass, strength))
     return names, shown
 
@@ -98,7 +99,7 @@ def _named(clip, text: str, by_name: Mapping[str, tuple[Concept, float]]) -> tup
 def _variants(clip, text: str, shown: list[_Shown]) -> tuple[list, object]:
     """CONDITIONING of a filled text, encoded once per variant of its concepts, and the CLIP that knows their rows."""
     marks = {
-        f"concept-{number}": {
+        f"{INNER}{number}": {
             key: mark_rows(torch.full(value.shape[-2:-1], number), value.shape[-1]) for key, value in own.rows.items()
         }
         for number, own in enumerate(shown)
@@ -114,7 +115,7 @@ def _variants(clip, text: str, shown: list[_Shown]) -> tuple[list, object]:
         for cells in (grid.cells[number] for number in stage):
             if alike(cells) not in tokens:
                 table = {
-                    f"concept-{number}": {key: variant(value, cell) for key, value in shown[number].rows.items()}
+                    f"{INNER}{number}": {key: variant(value, cell) for key, value in shown[number].rows.items()}
                     for number, cell in enumerate(cells)
                 }
                 used = with_rows(clip, table) if table else clip

@@ -21,6 +21,8 @@ NAMED = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
 TOKENS = "concept_tokens"
 """Key in an entry: what ``clip.tokenize`` gave for its prompt, where its rows are no longer what the encoder says of
 that alone."""
+INNER = "concept-carriers-"
+"""What names of rows begin with inside prompts; no file of the user's should be called so."""
 BEGINNINGS = "\u2581\u0120"
 """What names of tokens begin with where a word does, but for CLIP's."""
 MARKS = 1e6
