@@ -41,7 +41,7 @@ def output(*inner: str) -> Path:
 
 def shadowed(path: Path) -> bool:
     """Whether the host finds another file under the name that it would list this one by."""
-    for kind in (*KINDS, DICTIONARIES):
+    for kind in {*KINDS, DICTIONARIES} & set(folder_paths.folder_names_and_paths):  # ours are unknown before a start
         for place in folder_paths.get_folder_paths(kind):
             inner = path.relative_to(place) if path.is_relative_to(place) else None
             found = folder_paths.get_full_path(kind, str(inner)) if inner else None

@@ -495,6 +495,8 @@ def test_a_name_that_the_host_would_read_elsewhere_is_taken(host, tmp_path, monk
         path = write_new(rows(), places[1], name, taken=folders.shadowed)
         assert path == places[1] / f"{expected}.safetensors" and read_concept(path).name == "mug"
     assert not folders.shadowed(tmp_path / "elsewhere" / "mug.safetensors")
+    monkeypatch.delitem(folder_paths.folder_names_and_paths, folders.KIND)
+    assert not folders.shadowed(places[1] / "mug.safetensors"), "as in benchmarks, which no host has started"
 
 
 @pytest.mark.slow
