@@ -23,7 +23,7 @@ from .errors import CarrierFileError
 
 VERSION = "1"
 LARGEST = 1 << 33
-"""Bytes; a LoRA of Flux with the optimiser's moments has 56 MB per rank."""
+"""Bytes that are read into memory."""
 LONGEST_HEADER = 16 << 20
 OWN = "concepts."
 TOKENS, STATE = OWN + "tokens.", OWN + "state."
@@ -128,7 +128,7 @@ def discard(path: Path) -> None:
         path.unlink()
 
 
-def claim(folder: Path, name: str, taken: Callable[[Path], bool] = lambda path: False) -> Path:
+def claim(folder: Path, name: str, taken: Callable[[Path], bool] | None = None) -> Path:
     """An empty file under a name that none has yet: ``name``, or ``name_2``, ``name_3``, ...
 
     ``taken``: whether a path may not be used though no file is there. Anything but letters, digits, blank, dot, - and _
@@ -142,7 +142,7 @@ def claim(folder: Path, name: str, taken: Callable[[Path], bool] = lambda path: 
         while True:
             path = Path(folder) / f"{stem}{f'_{number}' if number > 1 else ''}.safetensors"
             number += 1
-            if taken(path):
+            if taken and taken(path):
                 continue
             with contextlib.suppress(FileExistsError):
                 path.open("xb").close()  # taken for us, also against a second process
@@ -153,12 +153,15 @@ def claim(folder: Path, name: str, taken: Callable[[Path], bool] = lambda path: 
         ) from error
 
 
-def write_new(concept: Concept, folder: Path, name: str, notes: Mapping[str, str] | None = None, **more) -> Path:
-    """Writes to ``folder`` under a name no file has yet, as ``claim`` finds it with ``more``.
-
-    Raises: CarrierFileError as ``write_concept`` does.
-    """
-    path = claim(folder, name, **more)
+def write_new(
+    concept: Concept,
+    folder: Path,
+    name: str,
+    notes: Mapping[str, str] | None = None,
+    taken: Callable[[Path], bool] | None = None,
+) -> Path:
+    """Writes to ``folder`` under a name no file has yet, as ``claim`` finds it; raises as ``write_concept`` does."""
+    path = claim(folder, name, taken)
     try:
         write_concept(concept, path, notes)
     except BaseException:

@@ -49,8 +49,12 @@ class Corpus:
         self.seed, self.plain = seed, not any(CHOICE.search(line) for line in lines)
         kept = len(lines) // HELD if self.plain else 0
         self.lines, self.held_lines = lines[kept:], lines[:kept] or lines
-        self.apart = bool(kept) or not self.plain
         self._turn, self._order = -1, []
+
+    @property
+    def apart(self) -> bool:
+        """Whether ``held`` gives prompts that are not learned from."""
+        return self.held_lines != self.lines or not self.plain
 
     @property
     def distinct(self) -> int:

@@ -94,6 +94,7 @@ def test_a_corpus_draws_choices_and_holds_lines_back():
     lines = [f"line {n}" for n in range(60)]
     one, other = Corpus("\n".join(lines), 0), Corpus("\n".join(lines), 1)
     assert one.distinct == 57 and len(one.held(100)) == 3
+    assert one.apart and drawn.apart and not Corpus("a mug\na hat", 0).apart, "below twenty lines none is held back"
     rounds = one.prompts(0, 57), one.prompts(57, 57)
     assert set(rounds[0]) == set(rounds[1]) == set(lines) - set(one.held(3)) and rounds[0] != rounds[1]
     assert one.prompts(0, 9) == Corpus("\n".join(lines), 0).prompts(0, 9) != other.prompts(0, 9)

@@ -302,14 +302,19 @@ def test_masked_loss_counts_the_masked_area_only(toy, mug_set):
     assert everywhere.before == pytest.approx(whole.before, rel=1e-6)
 
 
-def resident() -> int:
-    """Bytes of this process."""
+def growth(cycle, warm: int, end: int) -> float:
+    """Resident memory after ``end`` cycles over that after ``warm``."""
     import gc
 
     import psutil
 
-    gc.collect()
-    return psutil.Process().memory_info().rss
+    found = []
+    for seed in range(end):
+        cycle(seed)
+        if seed + 1 in (warm, end):
+            gc.collect()
+            found.append(psutil.Process().memory_info().rss)
+    return found[1] / found[0]
 
 
 @pytest.mark.slow
@@ -323,12 +328,7 @@ def test_memory_stays_flat_over_200_cycles(toy, mug_set):
             encode_prompt(toy[1], f"a photo of <mug{seed}> on grass", [(done.concept, 1.0)])
             sampled(toy)
 
-    for seed in range(20):
-        cycle(seed)
-    start = resident()
-    for seed in range(20, 200):
-        cycle(seed)
-    assert resident() <= 1.03 * start
+    assert growth(cycle, 20, 200) <= 1.03
 
 
 def test_running_out_of_memory_before_the_first_step_says_what_to_lower(toy, mug_set, monkeypatch):

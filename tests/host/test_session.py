@@ -9,7 +9,7 @@ import torch
 from concepts.carriers.errors import CarrierError, CarrierMismatch
 from concepts.carriers.files import read_concept
 
-from .test_learn import learn, resident, same, settings, weights
+from .test_learn import growth, learn, same, settings, weights
 from .tiny import FAMILIES, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
@@ -140,9 +140,4 @@ def test_memory_stays_flat_with_any_learner(toy, mug_set, kind):
             session = made_by(kind, toy, mug_set, steps=1, seed=seed)
             learning.learn(session, preview_every=0, save_every=0, checkpointing="off")
 
-    for seed in range(10):
-        cycle(seed)
-    start = resident()
-    for seed in range(10, 50):
-        cycle(seed)
-    assert resident() <= 1.03 * start
+    assert growth(cycle, 10, 50) <= 1.03
