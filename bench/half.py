@@ -1,4 +1,4 @@
-"""SD1.5 at half its width with random weights and pictures of 256 px: diffusers' modules, and the host's alike."""
+"""SD1.5 with random weights, at half its width and 256 px or whole: diffusers' modules, and the host's alike."""
 
 import time
 
@@ -28,6 +28,13 @@ UNET = {
 VAE_WIDTHS = (64, 128, 256, 256)
 
 
+def whole() -> None:
+    """From here on the width of SD1.5 itself, and pictures of 512 px."""
+    global SIZE, VAE_WIDTHS
+    SIZE, VAE_WIDTHS = 512, (128, 256, 512, 512)
+    UNET.update(image_size=64, model_channels=320)
+
+
 def pictures() -> torch.Tensor:
     """Five pictures [5, h, w, 3] in 0..1."""
     return torch.rand(5, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(1))
@@ -39,8 +46,9 @@ def peers():
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(SEED)
+    widths = [UNET["model_channels"] * times for times in UNET["channel_mult"]]
     unet = UNet2DConditionModel(
-        sample_size=SIZE // 8, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(160, 320, 640, 640)
+        sample_size=SIZE // 8, cross_attention_dim=768, attention_head_dim=8, block_out_channels=widths
     )
     vae = AutoencoderKL(
         in_channels=3,
@@ -99,7 +107,7 @@ def autoencoder(vae):
         "resolution": 256,
         "in_channels": 3,
         "out_ch": 3,
-        "ch": 64,
+        "ch": VAE_WIDTHS[0],
         "ch_mult": [1, 2, 4, 4],
         "num_res_blocks": 2,
         "attn_resolutions": [],

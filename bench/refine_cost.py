@@ -1,11 +1,12 @@
 """One refinement in units of a forward pass of the UNet, against the same losses out of separate passes.
 
-Half-width SD1.5 configuration, random weights, 256 px, fp32, one reference, the picture given, ensemble 8 and 1.
+SD1.5 at half its width, 256 px (with ``full`` at its own, 512 px), random weights, fp32, one reference, the picture
+given, ensemble 8 and 1.
 ``separate``: the order of the published codes: DIFT encodes the picture anew for every noise and runs each noise alone
 up to its block; reference, picture and loss each have a pass of their own, from an encoding of their own. ``kept``: as
 the node does when it is given the reference's features, which serve every prompt after the first. All take the same
 gradient, which is checked. Without what the node adds for its report, the loss after the step.
-``nox -s bench -- refine_cost``
+``nox -s bench -- refine_cost [full]``
 """
 
 import json
@@ -111,6 +112,8 @@ def forward(parts, latent: torch.Tensor) -> float:
 
 def main(options, rest) -> int:
     load, products = os.getloadavg()[0], [reference()]
+    if "full" in rest:
+        half.whole()
     modules = half.peers()
     toy.host()
 
@@ -150,5 +153,5 @@ def main(options, rest) -> int:
         print(f"No report: {why}.", file=sys.stderr)
         return 3
     report = {"case": "refine_cost", "noise": why, "table": table, "machine": machine()}
-    (RESULTS / "refine_cost.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"refine_cost{'_full' * ('full' in rest)}.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
