@@ -42,12 +42,13 @@ def loss_and_gradient(made, context, patched=False):
 
 @contextlib.contextmanager
 def out_of_place(model, clip):
-    """torch's copy-on-write of mutated saved tensors: no hook and no checkpoint of ours takes part."""
+    """Autograd that keeps a copy of all it saves: no hook and no checkpoint of ours takes part."""
     import comfy.model_management as management
 
     from concepts.host.gradients import thaw
 
-    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+    copies = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy)
+    with torch.inference_mode(False), torch.enable_grad(), copies:
         for patcher in (model, clip.patcher):
             thaw(patcher)
         management.load_models_gpu([model, clip.patcher])
