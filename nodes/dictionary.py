@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host import folders
-from .sockets import Dictionary
+from .sockets import RATE, Dictionary, told
 
 
 class TrainDictionary(io.ComfyNode):
@@ -65,8 +65,7 @@ class TrainDictionary(io.ComfyNode):
                     default=0.0,
                     min=0.0,
                     max=0.1,
-                    step=1e-5,
-                    round=False,
+                    step=RATE,
                     advanced=True,
                     tooltip="Step size. 0: by the number of latents, 2e-4 for 16,384 of them and more for fewer.",
                 ),
@@ -123,9 +122,7 @@ class TrainDictionary(io.ComfyNode):
 
         done = learn_dictionary(clip, corpus, DictionarySettings(**values), continue_from, save_every=save_every)
         text = learned_text(done)
-        return io.NodeOutput(
-            done.dictionary, loss_curves({"": done.losses}, done.dictionary.name), text, ui={"text": (text,)}
-        )
+        return told(text, done.dictionary, loss_curves({"": done.losses}, done.dictionary.name), text)
 
 
 class LoadDictionary(io.ComfyNode):

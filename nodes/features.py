@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .sockets import Features, named_concepts
+from .sockets import Features, named_concepts, told
 
 
 class ExtractFeatures(io.ComfyNode):
@@ -128,7 +128,7 @@ class ExtractFeatures(io.ComfyNode):
             "layer": layer.strip(),
         }
         features, report = extracted(model, clip, text, given, preset, words, seed, image, vae, latent, **by_hand)
-        return io.NodeOutput(features, report, ui={"text": (report,)})
+        return told(report, features, report)
 
 
 class ShowFeatures(io.ComfyNode):

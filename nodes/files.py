@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..host import folders
-from .sockets import Concept
+from .sockets import Concept, told
 
 
 class SaveCarrier(io.ComfyNode):
@@ -82,7 +82,7 @@ class SaveCarrier(io.ComfyNode):
             taken=folders.shadowed,
         )
         shown = f"{folder}/{target.name}"
-        return io.NodeOutput(shown, ui={"text": (f"saved {shown}", str(target))})
+        return told(f"saved {shown}\n{target}", shown)
 
 
 class LoadCarrier(io.ComfyNode):
@@ -170,7 +170,7 @@ class InspectCarrier(io.ComfyNode):
 
         with torch.no_grad():
             text, marks = inspect_text(concept, clip, words)
-        return io.NodeOutput(text, bars(marks, f"<{concept.name}>: cosine to the nearest words"), ui={"text": (text,)})
+        return told(text, text, bars(marks, f"<{concept.name}>: cosine to the nearest words"))
 
 
 NODES = [SaveCarrier, LoadCarrier, InspectCarrier]

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .matching import sources
-from .sockets import Features
+from .sockets import Features, told
 
 
 class MatchPoint(io.ComfyNode):
@@ -60,7 +60,7 @@ class MatchPoint(io.ComfyNode):
             x, y = finding.centre(mask, first)
         found = finding.places(first, second, kind.strip(), x, y)
         pictures = finding.shown(found, first, None if first_image is None else first_image[0], second_images)
-        return io.NodeOutput(pictures, found.masks(), found.json(), ui={"text": (found.json(),)})
+        return told(found.json(), pictures, found.masks(), found.json())
 
 
 class TransferMask(io.ComfyNode):
@@ -121,7 +121,7 @@ class FindPicture(io.ComfyNode):
 
         found = finding.ranked(reference, candidates, mask)
         best, score = found.order[0]
-        return io.NodeOutput(best, score, found.json(), found.chart(), ui={"text": (found.text(),)})
+        return told(found.text(), best, score, found.json(), found.chart())
 
 
 NODES = [MatchPoint, TransferMask, FindPicture]

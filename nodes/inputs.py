@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..kernels.draws import LAWS
-from .sockets import Concept, ConceptSet
+from .sockets import RATE, Concept, ConceptSet
 
 
 def sources(name: str, said: str = "write <name> in prompts") -> list:
@@ -21,7 +21,7 @@ def pace(steps: int, rate: float, steps_tip: str, rate_tip: str) -> list:
     """Steps, learning rate, batch and seed."""
     return [
         io.Int.Input("steps", default=steps, min=1, max=100000, tooltip=steps_tip),
-        io.Float.Input("learning_rate", default=rate, min=1e-6, max=1.0, step=1e-4, round=False, tooltip=rate_tip),
+        io.Float.Input("learning_rate", default=rate, min=RATE, max=1.0, step=RATE, tooltip=rate_tip),
         io.Int.Input(
             "batch",
             default=1,

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from . import inputs as shared
+from .sockets import told
 
 
 class LearnKV(io.ComfyNode):
@@ -60,7 +61,6 @@ class LearnKV(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.0001,
-                    round=False,
                     tooltip="lambda of the attention loss: 0.003 in the paper, which compares 0.0001 to 0.05; higher "
                     "follows prompts more and the picture less. 0 turns it off.",
                 ),
@@ -109,7 +109,7 @@ class LearnKV(io.ComfyNode):
         )
         session = KVSession(model, clip, concept_set, settings, continue_from)
         _, given, text = shared.run(session, values)
-        return io.NodeOutput(*given, session.picture(), ui={"text": (text,)})
+        return told(text, *given, session.picture())
 
 
 NODES = [LearnKV]

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from . import inputs as shared
+from .sockets import told
 
 
 class LearnTokens(io.ComfyNode):
@@ -64,7 +65,6 @@ class LearnTokens(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=1e-5,
-                    round=False,
                     advanced=True,
                     tooltip="Pull towards the class word's direction with a fixed norm (kappa of Directional TI, "
                     "1e-4 there). "
@@ -127,7 +127,7 @@ class LearnTokens(io.ComfyNode):
             settings = TokenSettings(**same, **own, kappa=values["prior"])
             session = TokenSession(model, clip, concept_set, settings, continue_from)
         _, given, text = shared.run(session, values)
-        return io.NodeOutput(*given, ui={"text": (text,)})
+        return told(text, *given)
 
 
 NODES = [LearnTokens]

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from . import inputs as shared
-from .sockets import Concept, ConceptSet
+from .sockets import Concept, ConceptSet, told
 
 
 class LearnLora(io.ComfyNode):
@@ -69,7 +69,7 @@ class LearnLora(io.ComfyNode):
                     default=1.0,
                     min=0.0,
                     max=10.0,
-                    step=0.1,
+                    step=0.05,
                     tooltip="Weight of the loss on class pictures. DreamBooth: 1. 0 turns it off.",
                 ),
                 *shared.noise(),
@@ -84,8 +84,7 @@ class LearnLora(io.ComfyNode):
                     default=0.01,
                     min=0.0,
                     max=1.0,
-                    step=1e-3,
-                    round=False,
+                    step=1e-4,
                     advanced=True,
                     tooltip="Decoupled decay of AdamW. ConceptPrism: 0.01.",
                 ),
@@ -94,7 +93,7 @@ class LearnLora(io.ComfyNode):
                     default=1.0,
                     min=0.0,
                     max=100.0,
-                    step=0.1,
+                    step=0.05,
                     advanced=True,
                     tooltip="Largest norm of the whole gradient. ConceptPrism: 1. 0: no limit.",
                 ),
@@ -122,7 +121,7 @@ class LearnLora(io.ComfyNode):
                     default=0.0,
                     min=0.0,
                     max=100.0,
-                    step=0.1,
+                    step=0.05,
                     optional=True,
                     advanced=True,
                     tooltip="Holds mean and variance of the concept's attention maps to those of the class word that "
@@ -162,7 +161,7 @@ class LearnLora(io.ComfyNode):
             prior=values.get("class_set"),
         )
         _, given, text = shared.run(session, values)
-        return io.NodeOutput(*given, ui={"text": (text,)})
+        return told(text, *given)
 
 
 class ApplyCarrier(io.ComfyNode):

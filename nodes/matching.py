@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .sockets import Features
+from .sockets import Features, told
 
 
 def sources() -> list:
@@ -97,7 +97,7 @@ class MatchFeatures(io.ComfyNode):
         text = f"{len(found.score)} pairs, cosine {found.score[0]:.3f} to {found.score[-1]:.3f}"
         picture = matching.joined(found, *images, shown)
         tracks = found.tracks(frames)
-        return io.NodeOutput(picture, float(found.score.mean()), found.json(), tracks, ui={"text": (text,)})
+        return told(text, picture, float(found.score.mean()), found.json(), tracks)
 
 
 NODES = [MatchFeatures]

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..kernels.draws import LAWS
 from . import inputs as shared
-from .sockets import Codes, ConceptSet
+from .sockets import Codes, ConceptSet, told
 
 EXAMPLE = "A girl wearing a [hat], a [coat] and a [shirt]\nA [shirt], a [coat] and a [hat] on a girl"
 
@@ -58,7 +58,7 @@ class LearnModulation(io.ComfyNode):
                     default=-1.0,
                     min=-1.0,
                     max=100.0,
-                    step=0.1,
+                    step=0.05,
                     tooltip="Weight of the isolation loss: in half of the steps the picture stands beside another one, "
                     "which must not change. Keeps words of different pictures apart. 0: none, and faster. -1: as the "
                     "authors do, 1 for rows (TokenVerse) and none for codes (SAEPer).",
@@ -81,7 +81,7 @@ class LearnModulation(io.ComfyNode):
                     default=1.0,
                     min=0.0,
                     max=100.0,
-                    step=0.1,
+                    step=0.05,
                     advanced=True,
                     tooltip="Flux only: the guidance the model is told while learning. 1 is usual for LoRAs of Flux; "
                     "3.5 is what sampling tells it by default.",
@@ -141,7 +141,7 @@ class LearnModulation(io.ComfyNode):
         model, clip, data = values["model"], values["clip"], values["concept_set"]
         session = ModulationSession(model, clip, data, settings, continue_from, others=isolation_set, codes=codes)
         _, given, text = shared.run(session, values)
-        return io.NodeOutput(*given, ui={"text": (text,)})
+        return told(text, *given)
 
 
 NODES = [LearnModulation]

@@ -4,12 +4,12 @@ from comfy_api.latest import io
 
 from ..host.denoise import SAMPLERS, SCHEDULERS
 from ..kernels.losses import DISTANCES
-from .sockets import Concept, Features
+from .sockets import RATE, Concept, Features, told
 
 
 def weight(name: str, tip: str) -> io.Float.Input:
     """Weight of one part of the loss."""
-    return io.Float.Input(name, default=1.0, min=0.0, max=100.0, step=0.05, round=False, tooltip=tip)
+    return io.Float.Input(name, default=1.0, min=0.0, max=100.0, step=0.05, tooltip=tip)
 
 
 class RefineConcept(io.ComfyNode):
@@ -60,8 +60,7 @@ class RefineConcept(io.ComfyNode):
                     default=0.0,
                     min=0.0,
                     max=1.0,
-                    step=1e-4,
-                    round=False,
+                    step=RATE,
                     tooltip="Size of the step. 0: the rate the concept was learned with, as in the paper.",
                 ),
                 io.Int.Input("updates", default=1, min=1, max=100, tooltip="Gradient steps; 1 in the paper."),
@@ -200,7 +199,7 @@ class RefineConcept(io.ComfyNode):
             **{k: values.get(k) for k in ("negative", "mask", "generated")},
             **{k: values[k] for k in ("reference_text", "checkpointing", "strict")},
         )
-        return io.NodeOutput(*given, text, ui={"text": (text,)})
+        return told(text, *given, text)
 
 
 NODES = [RefineConcept]

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from . import inputs as shared
-from .sockets import Concept
+from .sockets import Concept, told
 
 
 class LearnResiduals(io.ComfyNode):
@@ -49,7 +49,6 @@ class LearnResiduals(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    round=False,
                     tooltip="Weight of exclusion: a residual must change nothing in the other pictures. 0.05 in the "
                     "paper, 0.5 in its Flux code. 0 turns it off, with its cost.",
                 ),
@@ -129,7 +128,6 @@ class LearnResiduals(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.0001,
-                    round=False,
                     advanced=True,
                     tooltip="Of AdamW, on the vectors that a step used; 0.01 in the paper's code.",
                 ),
@@ -138,7 +136,7 @@ class LearnResiduals(io.ComfyNode):
                     default=1.0,
                     min=0.0,
                     max=1000.0,
-                    step=0.1,
+                    step=0.05,
                     advanced=True,
                     tooltip="Largest norm of the whole gradient; 1 in the paper's code. 0: any.",
                 ),
@@ -184,7 +182,7 @@ class LearnResiduals(io.ComfyNode):
         _, given, text = shared.run(session, values)
         text = "\n".join(filter(None, (text, replaced(values["preset"], **asked))))
         given = (*given[:-1], text)
-        return io.NodeOutput(*given, *session.drawn(), ui={"text": (text,)})
+        return told(text, *given, *session.drawn())
 
 
 NODES = [LearnResiduals]

@@ -1,4 +1,4 @@
-"""The pack's own socket types."""
+"""What several nodes' sockets and widgets have in common."""
 
 from comfy_api.latest import io
 
@@ -7,6 +7,8 @@ ConceptSet = io.Custom("CONCEPT_SET")
 Features = io.Custom("CONCEPT_FEATURES")
 Dictionary = io.Custom("CONCEPT_DICTIONARY")
 Codes = io.Custom("CONCEPT_CODES")
+RATE = 1e-6
+"""Step of a learning rate: ComfyUI's page rounds what is typed to as many decimals as the step has."""
 
 
 def named_concepts() -> io.Autogrow.Input:
@@ -17,3 +19,12 @@ def named_concepts() -> io.Autogrow.Input:
     return io.Autogrow.Input(
         "concepts", template=sockets, tooltip="Concepts that the prompt may name; sockets grow as you connect."
     )
+
+
+def told(text: str, *outputs, short: str = "") -> io.NodeOutput:
+    """Outputs with a report: whole in the run's history, its first two lines or ``short`` on the node itself, which
+    has room for no more."""
+    from ..host.progress import say  # not at every start
+
+    say(short or "\n".join(text.splitlines()[:2]))
+    return io.NodeOutput(*outputs, ui={"text": (text,)})

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .sockets import Codes, ConceptSet, Dictionary
+from .sockets import Codes, ConceptSet, Dictionary, told
 
 
 class EncodeWords(io.ComfyNode):
@@ -50,7 +50,7 @@ class EncodeWords(io.ComfyNode):
         wanted = list(dict.fromkeys(w.strip() for w in words.split(",") if w.strip()))
         codes = encode_words(clip, dictionary, text, wanted)
         lines = table(codes, shown)
-        return io.NodeOutput(codes, lines, picture(codes, shown), ui={"text": (lines,)})
+        return told(lines, codes, lines, picture(codes, shown))
 
 
 class PruneCode(io.ComfyNode):
@@ -135,7 +135,7 @@ class PruneCode(io.ComfyNode):
             scores = gradient_scores(codes, model, clip, concept_set, draws, seed)
         kept = prune(codes, scores, keep, active_in, exclusive)
         lines = table(kept, keep)
-        return io.NodeOutput(kept, lines, picture(kept, min(keep, 12)), ui={"text": (lines,)})
+        return told(lines, kept, lines, picture(kept, min(keep, 12)))
 
 
 class SteerWord(io.ComfyNode):
@@ -182,7 +182,7 @@ class SteerWord(io.ComfyNode):
                     default=5.0,
                     min=-1000.0,
                     max=1000.0,
-                    step=0.1,
+                    step=0.05,
                     tooltip="In the units that Encode Words shows for add; a factor for scale. 0 added, or scaled by "
                     "1, changes nothing.",
                 ),

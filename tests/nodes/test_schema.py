@@ -5,6 +5,7 @@
 
 import importlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -81,6 +82,24 @@ def test_every_input_and_output_has_a_tooltip(nodes):
         assert len(node["output"]) == len(node["output_tooltips"]), key
         for name, tip in zip(node["output_name"], node["output_tooltips"], strict=True):
             assert len(tip or "") >= 10, f"{key} output {name} has no tooltip"
+
+
+def decimals(step: float) -> int:
+    """How many ComfyUI's page keeps of a typed number, whatever ``round`` says (frontend, useFloatWidget)."""
+    return max(0, -math.floor(math.log10(step)))
+
+
+def test_the_page_keeps_what_is_typed(nodes):
+    places = {"x", "y"}  # pixels
+    for key, node in nodes.items():
+        for _, name, kind, options in inputs(node):
+            if kind != "FLOAT" or (key, name) == ("ConceptRefineForPrompt", "cfg"):  # KSampler's
+                continue
+            kept = decimals(options["step"])
+            assert kept >= (6 if name == "learning_rate" else 0 if name in places else 2), f"{key}.{name}"
+            for limit in ("default", "min", "max"):
+                assert round(options[limit], kept) == options[limit], f"{key}.{name}: {limit}"
+            assert "round" not in options, f"{key}.{name}"
 
 
 def test_every_node_has_a_help_page_that_names_its_inputs(nodes, client):
