@@ -23,7 +23,7 @@ from websocket import create_connection
 
 PACK = Path(__file__).resolve().parent.parent
 FOLDERS = ("custom_nodes", "input", "output", "models", "user", "temp")
-PREVIEW = 1
+PREVIEW, TEXT = 1, 3
 """Event number of a binary preview frame: event (4 bytes), picture format (4 bytes), the encoded picture."""
 
 
@@ -158,13 +158,15 @@ class Client:
         """Runs an API-format prompt to its end.
 
         Returns a dict: ``status`` ("success", "error", "interrupted", "invalid"), ``outputs`` (node id -> ui output),
-        ``events`` (every websocket message, in order), ``previews`` (encoded pictures, in order), ``error`` (the
-        host's message or None), ``prompt_id``, ``seconds``. ``on_event`` sees each message as it arrives.
+        ``events`` (every websocket message, in order), ``previews`` (encoded pictures, in order), ``lines`` (node id
+        -> texts on the node, in order), ``error`` (the host's message or None), ``prompt_id``, ``seconds``.
+        ``on_event`` sees each message as it arrives.
 
         Raises:
             TimeoutError: the host sent nothing for ``seconds``.
         """
-        result = {"status": "invalid", "outputs": {}, "events": [], "previews": [], "error": None, "prompt_id": None}
+        result = {"status": "invalid", "outputs": {}, "events": [], "error": None, "prompt_id": None}
+        result |= {"previews": [], "lines": {}}
         start, client = time.monotonic(), uuid.uuid4().hex
         channel = create_connection(f"{self.url.replace('http', 'ws', 1)}/ws?clientId={client}", timeout=seconds)
         try:
@@ -183,8 +185,12 @@ class Client:
         while True:
             frame = channel.recv()
             if isinstance(frame, bytes):
-                if int.from_bytes(frame[:4], "big") == PREVIEW:
+                kind, first = (int.from_bytes(part, "big") for part in (frame[:4], frame[4:8]))
+                if kind == PREVIEW:
                     result["previews"].append(frame[8:])
+                elif kind == TEXT:
+                    node, text = (part.decode() for part in (frame[8 : 8 + first], frame[8 + first :]))
+                    result["lines"].setdefault(node, []).append(text)
                 continue
             event = json.loads(frame)
             kind, data = event["type"], event["data"]

@@ -37,10 +37,13 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """A line of text on the node that runs; nothing outside a running workflow."""
+    """A line of text on the node that runs; nothing outside a running workflow. The page reads HTML, so a concept's
+    <name> stands without its brackets."""
     context, server = get_executing_context(), getattr(sys.modules.get("server"), "PromptServer", None)
-    if context is not None and getattr(server, "instance", None) is not None:
-        server.instance.send_progress_text(text, context.node_id)
+    server = getattr(server, "instance", None)
+    if context is not None and server is not None:
+        line = text.replace("<", "").replace(">", "")
+        server.send_progress_text(line, context.node_id, server.client_id)  # others have nodes of this number too
 
 
 def _previewer(patcher):

@@ -82,7 +82,7 @@ class SaveCarrier(io.ComfyNode):
             taken=folders.shadowed,
         )
         shown = f"{folder}/{target.name}"
-        return told(f"saved {shown}\n{target}", shown)
+        return told((f"saved {shown}", str(target)), shown)
 
 
 class LoadCarrier(io.ComfyNode):

@@ -21,10 +21,10 @@ def named_concepts() -> io.Autogrow.Input:
     )
 
 
-def told(text: str, *outputs, short: str = "") -> io.NodeOutput:
-    """Outputs with a report: whole in the run's history, its first two lines or ``short`` on the node itself, which
-    has room for no more."""
+def told(texts: str | tuple[str, ...], *outputs) -> io.NodeOutput:
+    """Outputs with a report: whole in the run's history, its first two lines on the node, which has no more room."""
     from ..host.progress import say  # not at every start
 
-    say(short or "\n".join(text.splitlines()[:2]))
-    return io.NodeOutput(*outputs, ui={"text": (text,)})
+    texts = (texts,) if isinstance(texts, str) else texts
+    say("\n".join("\n".join(texts).splitlines()[:2]))
+    return io.NodeOutput(*outputs, ui={"text": texts})

@@ -1,7 +1,7 @@
 """Opens every template in ComfyUI's own web page, fails on missing nodes and error badges, keeps a picture of each.
 
-``nox -s screenshots -- --thumbnails`` also renews ``workflows/*.jpg``; ``-- --lay-out`` rebuilds the templates from the
-graphs in ``workflows/api`` and the notes in notes.json.
+``nox -s screenshots -- --thumbnails`` also renews ``workflows/*.jpg``; ``-- --run`` runs each and looks again; ``--
+--lay-out`` rebuilds the templates from the graphs in ``workflows/api`` and the notes in notes.json.
 """
 
 import argparse
@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=PACK / "out" / "screenshots")
     parser.add_argument("--thumbnails", action="store_true", help="renew workflows/*.jpg")
     parser.add_argument("--lay-out", action="store_true", help="rebuild workflows/*.json from workflows/api")
+    parser.add_argument("--run", action="store_true", help="run each template too")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     server = Server(options.host, options.out / "comfyui")
@@ -38,7 +39,7 @@ def main() -> int:
                 server.url,
                 str(PACK / "workflows"),
                 str(options.out),
-                "lay-out" if options.lay_out else "open",
+                "lay-out" if options.lay_out else "run" if options.run else "open",
             ],
             env={
                 "NODE_PATH": str(PACK / ".cache/ui/node_modules"),
@@ -47,7 +48,7 @@ def main() -> int:
             },
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1800,
         )
     sys.stderr.write(done.stderr)
     if done.returncode:

@@ -1,4 +1,4 @@
-// node templates.mjs URL WORKFLOWS OUT open|lay-out: prints {template: {nodes, missing, errors}} as JSON.
+// node templates.mjs URL WORKFLOWS OUT open|lay-out|run: prints {template: {nodes, missing, errors}} as JSON.
 import fs from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
@@ -27,14 +27,19 @@ async function layOut(api, note) {
     await window.app.loadApiJson(api, 'template')
     const graph = window.app.graph
     const columns = [['ConceptLoadToyWorld', 'CheckpointLoaderSimple', 'ConceptLoadToyReferences', 'LoadImage', 'ConceptLoadCarrier', 'ConceptLoadDictionary', 'ConceptTrainDictionary'],
-      ['ConceptMakeSet', 'ImageBatch'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptLearnModulation', 'ConceptExtractFeatures', 'ConceptRefineForPrompt'],
+      ['ConceptMakeSet', 'BatchImagesNode'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptLearnModulation', 'ConceptExtractFeatures', 'ConceptRefineForPrompt'],
       ['ConceptMatchFeatures', 'ConceptMatchPoint', 'ConceptShowFeatures', 'ConceptTransferMask', 'ConceptFindPicture', 'ConceptEncodeWords', 'ConceptPruneCode', 'MaskToImage', 'ImageFromBatch'],
-      ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
+      ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'PreviewAny', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
     const size = node => {
       const least = node.computeSize()
       const text = node.widgets?.some(w => w.type === 'customtext')
       const picture = ['PreviewImage', 'SaveImage'].includes(node.type)
-      node.setSize([Math.max(least[0], text ? 330 : 250), Math.max(least[1], text ? 110 : 0, picture ? 270 : 0)])
+      const link = picture ? graph.links.get(node.inputs[0].link) : null
+      const origin = link ? graph.getNodeById(link.origin_id).type : ''
+      const written = origin.startsWith('Concept') && origin !== 'ConceptLoadToyReferences' // words and numbers are in it
+      const report = node.type === 'PreviewAny'
+      node.setSize([Math.max(least[0], written ? 460 : text || report ? 330 : 250),
+        Math.max(least[1], text ? 110 : 0, written ? 330 : picture ? 270 : 0, report ? 200 : 0)])
       return node.size
     }
     const rows = graph.nodes.filter(n => n.type === 'SaveImage').map(save => {
@@ -51,7 +56,8 @@ async function layOut(api, note) {
       for (const node of here.sort((a, b) => types.indexOf(a.type) - types.indexOf(b.type))) {
         const [w, h] = size(node)
         node.pos = [x, y]
-        y += h + 60 + (node.type.startsWith('ConceptLearn') ? 204 : 0) // the live preview
+        y += h + 60 + (node.type.startsWith('Concept') ? 50 : 0) // what it says of its run
+        y += node.type.startsWith('ConceptLearn') ? 204 : 0 // the live preview
         wide = Math.max(wide, w)
       }
       if (here.length) x += wide + 70
@@ -82,6 +88,23 @@ async function layOut(api, note) {
     words.setSize([620, 120])
     words.pos = [0, -260]
   }, { api, note })
+}
+
+const covered = () => page.evaluate(() => { // nodes with their titles, which lie above them
+  const boxes = window.app.graph.nodes.map(n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])
+  return boxes.flatMap(([a, x, y, right, bottom], i) => boxes.slice(i + 1)
+    .filter(([, l, t, r, b]) => x < r && l < right && y < b && t < bottom).map(([b]) => `${a} covers ${b}`))
+})
+
+async function run() { // what a person sees after pressing Run
+  await page.evaluate(() => window.app.queuePrompt(0, 1))
+  let left
+  do {
+    await page.waitForTimeout(1500)
+    const queue = await (await fetch(`${url}/queue`)).json()
+    left = queue.queue_running.length + queue.queue_pending.length
+  } while (left)
+  await page.waitForTimeout(1500)
 }
 
 const report = {}
@@ -115,7 +138,13 @@ for (const file of fs.readdirSync(path.join(folder, 'api')).filter(f => f.endsWi
   await page.waitForTimeout(500)
   await page.screenshot({ path: path.join(out, `${name}.png`) })
   const badges = await page.locator('.p-dialog, .p-toast-message-error').allInnerTexts()
-  report[name] = { ...found, errors: [...found.errors, ...errors, ...badges] }
+  const wrong = [...found.errors, ...errors, ...badges, ...await covered()]
+  if (mode === 'run') {
+    await run()
+    await page.screenshot({ path: path.join(out, `${name}_done.png`) })
+    wrong.push(...await page.locator('.p-dialog, .p-toast-message-error').allInnerTexts(), ...await covered())
+  }
+  report[name] = { ...found, errors: wrong }
 }
 await browser.close()
 console.log(JSON.stringify(report))

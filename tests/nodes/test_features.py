@@ -129,7 +129,10 @@ def test_the_picture_that_shows_it_is_found(client):
         "inputs": {"subject": "red-blue-hat", "count": 2, "seed": 0},
     }
     made["more"] = {"class_type": "ConceptLoadToyReferences", "inputs": {"subject": "cross-mug", "count": 1, "seed": 1}}
-    made["all"] = {"class_type": "ImageBatch", "inputs": {"image1": ["hats", 0], "image2": ["more", 0]}}
+    made["all"] = {
+        "class_type": "BatchImagesNode",
+        "inputs": {"images.image0": ["hats", 0], "images.image1": ["more", 0]},
+    }
     made["others"] = {
         "class_type": "ConceptExtractFeatures",
         "inputs": {**made["extract"]["inputs"], "image": ["all", 0]},

@@ -55,8 +55,11 @@ def test_learn_and_use(client, server):
     assert "8 steps" in text and "before" in text and "saved: output/concepts/autosave/novel" in text
     for key in keys(made, "SaveImage"):
         assert pixels(client, result, key).shape == (128, 128, 3)
-    said, where = result["outputs"][keys(made, "ConceptSaveCarrier")[0]]["text"]
+    save = keys(made, "ConceptSaveCarrier")[0]
+    said, where = result["outputs"][save]["text"]
     file = server.folder("output") / said.split()[-1]
+    assert result["lines"][save] == [f"{said}\n{where}"], "the page shows no other text on a node"
+    assert result["lines"][learner][-1] == "\n".join(text.splitlines()[:2]).replace("<novel>", "novel")
     assert Path(where).samefile(file)
     assert read_concept(file).info["steps"] == 8
     assert json.loads(parse(file.read_bytes(), file)[1]["prompt"]).keys() == made.keys()
