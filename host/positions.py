@@ -11,7 +11,7 @@ from .captions import STRIDE
 from .text import INNER, NAMED, Encoder, concept_rows, encoders, fill, mark_of, mark_rows, named_rows, with_rows
 from .token_features import find_word
 from .variants import layers_of
-from .words import placed, unmarked
+from .words import length_of, placed, unmarked
 
 
 def aligned(encoder: Encoder, tokens: Mapping, reference: Mapping) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
@@ -71,9 +71,9 @@ def learned_columns(model, clip, tokens: Mapping) -> torch.Tensor | None:
     mark; None where the context shows none of them. Raises: CarrierMismatch as ``read_from`` does."""
     rows, total = [], 0
     for encoder in read_from(model, clip):
-        words, _, length = placed(encoder, tokens, total)
-        rows += _marked(words, 0)
-        total += length
+        words, _, _ = placed(encoder, tokens, total)
+        total += length_of(encoder, tokens)
+        rows += [row for row in _marked(words, 0) if row < total]
     columns = torch.zeros(1, total, 1)
     columns[0, rows] = 1 / max(1, len(rows))
     return columns if rows else None
@@ -107,8 +107,9 @@ def columns_of(
     rows: dict[str, list[int]] = {word: [] for word in wanted}
     total = 0
     for encoder in used:
-        words, _, length = placed(encoder, tokens, total)
-        total += length
+        words, _, _ = placed(encoder, tokens, total)
+        total += length_of(encoder, tokens)
+        words = [(token, row) for token, row in words if row < total]
         ids = [None if torch.is_tensor(t) else int(t) for t, _ in words]
         for word in wanted:
             name = NAMED.fullmatch(word)

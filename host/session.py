@@ -203,9 +203,6 @@ class Session:
             clean, sigma = self.clean[0], self.sigmas(torch.tensor([0.5]))
             noise = torch.randn(clean.shape, generator=generator(self.settings.seed, 0, "looks")).to(clean)
             entries, change = self.condition(self.parameters, [0], [0], sigma)
-            columns = columns[:, : entries[0][0].shape[1]]  # SDXL cuts the longer of its two encoders' rows
-            if not bool(columns.any()):
-                return None
             tap = tap_of(self.model, columns, clean)
             d(d.noised(clean, noise, sigma), sigma, entries, both(change, tap))
         picture = background(d.model.latent_format, clean)

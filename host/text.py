@@ -23,6 +23,8 @@ TOKENS = "concept_tokens"
 that alone."""
 INNER = "concept-carriers-"
 """What names of rows begin with inside prompts; no file of the user's should be called so."""
+PAIR = ("l", "g")
+"""Slots of SDXL and SD3 whose rows lie beside each other."""
 BEGINNINGS = "\u2581\u0120"
 """What names of tokens begin with where a word does, but for CLIP's."""
 MARKS = 1e6
@@ -38,6 +40,8 @@ class Encoder(NamedTuple):
     """Its key in the host's token dict: l, g, t5xxl, ..."""
     tokenizer: SDTokenizer
     model: torch.nn.Module
+    beside: tuple[str, ...] = ()
+    """Slots of the encoders whose rows lie beside its own, to be cut to the shortest."""
 
     @property
     def vocabulary(self) -> torch.Tensor:
@@ -82,7 +86,8 @@ def encoders(clip) -> list[Encoder]:
             f"The connected CLIP ({type(clip.tokenizer).__name__}) has no text encoder that takes "
             "token embeddings; connect another text encoder."
         )
-    return found
+    pair = [e.slot for e in found if e.slot in PAIR]
+    return [e._replace(beside=tuple(pair)) if e.slot in pair else e for e in found]
 
 
 def ready(clip) -> None:

@@ -88,6 +88,12 @@ def placed(encoder, tokens: Mapping, offset: int = 0) -> tuple[list, list, int]:
     return words, marks, total
 
 
+def length_of(encoder, tokens: Mapping) -> int:
+    """Rows of the context that an encoder has a part in: where CLIP-L and CLIP-G lie beside each other, those of the
+    shorter, to which the host cuts both (sdxl_clip.py, sd3_clip.py)."""
+    return min(sum(map(len, tokens[slot])) for slot in (encoder.slot, *encoder.beside))
+
+
 def rows_of(tokenize: Callable[[str], Mapping], used: Iterable, text: str, marks: list[Mark]) -> list[list[int]]:
     """Rows of the context in which each marked word of an unmarked text stands, over all encoders.
 
@@ -99,13 +105,15 @@ def rows_of(tokenize: Callable[[str], Mapping], used: Iterable, text: str, marks
     swapped = [[tokenize(text[: m.start] + other + text[m.end :]) for other in OTHERS] for m in marks]
     total = 0
     for encoder in used:
-        words, _, length = placed(encoder, whole, total)
+        words, _, _ = placed(encoder, whole, total)
+        total += length_of(encoder, whole)
         ids = [_comparable(token) for token, _ in words]
         taken: dict[int, Mark] = {}
         for number, mark in enumerate(marks):
             others = [[_comparable(t) for t, _ in placed(encoder, s)[0]] for s in swapped[number]]
             spans = [_changed(ids, other) for other in others if other != ids]
-            rows = [row for _, row in words[min(a for a, _ in spans) : max(b for _, b in spans)]]
+            changed = words[min(a for a, _ in spans) : max(b for _, b in spans)]
+            rows = [row for _, row in changed if row < total]
             for row in rows:
                 if row in taken:
                     raise ValueError(
@@ -114,7 +122,6 @@ def rows_of(tokenize: Callable[[str], Mapping], used: Iterable, text: str, marks
                     )
                 taken[row] = mark
             found[number] += rows
-        total += length
     for mark, rows in zip(marks, found, strict=True):
         if not rows:
             raise ValueError(f"The text encoder sees no token for {mark.word!r}; write another word.")

@@ -1,11 +1,14 @@
 """Marked words: found in the rows where the host's tokenizers put them, and refused with a sentence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from concepts.carriers.concept import Concept
 
-from .tiny import embedding, tiny
+from .tiny import clip as tiny_clip
+from .tiny import embedding, model, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -110,6 +113,39 @@ def test_wrong_names_are_refused(flux, text, message):
     mug = Concept("mug", "tokens", {"t5xxl": torch.ones(1, 1, 1, 1, 64)}, {"init_text": "mug"})
     with torch.inference_mode(), pytest.raises(ValueError, match=message):
         encode_prompt(flux, text, [(concept(), 1.0), (mug, 1.0)])
+
+
+@pytest.mark.parametrize("longer", ["clip_l", "clip_g"])
+def test_rows_behind_clips_of_unequal_chunks(longer):
+    """The host cuts the longer of CLIP-L and CLIP-G, and T5's rows begin behind the shorter."""
+    from concepts.host.positions import columns_of, read_from
+    from concepts.host.prompt import encode_prompt
+    from concepts.host.text import TOKENS, encoders
+    from concepts.host.variants import PROMPTS
+
+    with torch.inference_mode():
+        sd3, flow = tiny_clip("sd3 t5"), model("sd3")
+        found = {e.key: e for e in encoders(sd3)}
+        used = [e.key for e in read_from(flow, sd3)]
+        mug = Concept("mug", "tokens", {longer: torch.ones(1, 1, 1, 4, found[longer].width)}, {"init_text": "mug"})
+        words = replace(concept(), info={**concept().info, "encoders": used})
+        text = "a <p:hat> beside a <mug> and " + "x " * 66 + "<p:coat>"
+        (entry,) = encode_prompt(sd3, text, [(mug, 1.0), (words, 1.0)], cached=True)
+        tokens, t5 = entry[1][TOKENS], found["t5xxl"]
+        chunks = {key: len(tokens[found[key].slot]) for key in ("clip_l", "clip_g")}
+        assert chunks == {"clip_l": 1, "clip_g": 1} | {longer: 2}
+        own = t5.model.encode_token_weights(tokens["t5xxl"])[0]
+        columns = columns_of(flow, sd3, text, [mug], ["hat", "coat"])
+    assert entry[0].shape[1] == columns.shape[1] == 77 + own.shape[1]
+    ids = [None if torch.is_tensor(token) else token for token, *_ in tokens["t5xxl"][0]]
+    places = [place.positions for mark in entry[1][PROMPTS] for place in mark.places]
+    for number, (word, rows) in enumerate(zip(("hat", "coat"), places, strict=True)):
+        piece = t5.ids(word)
+        start = next(n for n in range(len(ids)) if ids[n : n + len(piece)] == piece)
+        behind = [row for row in rows if row >= 77]
+        assert torch.equal(entry[0][0, behind], own[0, start : start + len(piece)])
+        assert columns[0, :, number].nonzero().flatten().tolist() == list(rows)
+    assert min(places[0]) == 2 and (min(places[1]) < 77) == (used[0] != longer)
 
 
 def test_marks_are_read_and_taken_out():

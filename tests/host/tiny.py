@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 CLIP_L = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 CLIP_G = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -147,7 +148,8 @@ def model(family: str, dtype=torch.float32, cast=None):
 
 
 def clip(family: str):
-    """The family's text encoders with the real tokenizers."""
+    """The family's text encoders with the real tokenizers; ``sd3 t5``: all three of SD3's, T5's rows as wide as
+    those."""
     import comfy.sd
     import comfy.sd1_clip
     import comfy.sdxl_clip
@@ -161,6 +163,7 @@ def clip(family: str):
         "sd2": lambda: (sd2.SD2Tokenizer, sd2.SD2ClipModel),
         "sdxl": lambda: (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
         "sd3": lambda: (sd3.SD3Tokenizer, sd3.sd3_clip(t5=False)),
+        "sd3 t5": lambda: (sd3.SD3Tokenizer, sd3.sd3_clip(dtype_t5=torch.float32)),
         "flux": lambda: (flux.FluxTokenizer, flux.flux_clip(dtype_t5=torch.float32)),
     }
     cpu = torch.device("cpu")
@@ -176,6 +179,10 @@ def clip(family: str):
     }
     built = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(*kinds[family]()), model_options=options)
     fill(built.cond_stage_model, 5)
+    if family == "sd3 t5":
+        t5 = built.cond_stage_model.t5xxl
+        narrow = t5.encode_token_weights
+        t5.encode_token_weights = lambda tokens: (F.pad((made := narrow(tokens))[0], (0, 4096 - 64)), *made[1:])
     return built
 
 
