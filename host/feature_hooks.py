@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from ..carriers.errors import CarrierMismatch
-from .attention import layer_of
 from .feature_places import (
     ATTENTION,
     ROLES,
@@ -57,7 +56,7 @@ def captured(model, wants: list[Want], size: tuple[int, int], graph: bool = Fals
     seen, unet = Captured(names, graph), hasattr(network_of(model), "input_blocks")
     blocks, layers = blocks_of(model), layers_with_attention(model)
     zeroed = massive_channels(model)
-    to_map = _of_layer(size) if unet else _of_tokens(size, int(network_of(model).patch_size))
+    to_map = None if unet else _of_tokens(size, int(network_of(model).patch_size))
     with contextlib.ExitStack() as stack:
 
         def hook(part: torch.nn.Module, run: Callable, before: bool = False) -> None:
@@ -75,7 +74,13 @@ def captured(model, wants: list[Want], size: tuple[int, int], graph: bool = Fals
                 )
             elif want.name in ROLES:
                 part, read = _reader(layers[want.place], want.name)
-                hook(part, lambda _m, args, _k, out, n=want.name, read=read: seen.put(n, to_map(read(args, out))))
+                own = to_map
+                if unet:
+                    own, note = _of_layer()
+                    hook(
+                        network_of(model).get_submodule(want.place.split(".transformer_blocks.")[0]), note, before=True
+                    )
+                hook(part, lambda _m, args, _k, out, n=want.name, read=read, own=own: seen.put(n, own(read(args, out))))
         if ATTENTION in names:
             looks = attentions(network_of(model), "attn2") if unet else blocks
             last = list(looks.values())[-1]
@@ -91,19 +96,24 @@ def captured(model, wants: list[Want], size: tuple[int, int], graph: bool = Fals
         )
 
 
-def _of_layer(size: tuple[int, int]) -> Callable:
-    """Tokens [b, n, c] of a UNet's layer -> [b, c, h, w]."""
+def _of_layer() -> tuple[Callable, Callable]:
+    """Tokens [b, n, c] of a UNet's layer -> [b, c, h, w], and the hook that notes what the transformer around it is
+    given."""
+    given = []
+
+    def note(_module, args, kwargs):
+        given[:] = (args[0] if args else kwargs["x"]).shape
 
     def to_map(tokens):
-        layer = layer_of("", 0, size, tokens.shape[1])
-        if layer is None:
+        count, _, height, width = given
+        if tokens.shape[:2] != (count, height * width):
             raise CarrierMismatch(
-                f"A self-attention with {tokens.shape[1]} cells is no halving of a latent of {size[0]} x {size[1]}; "
-                "another node changes its size."
+                f"A self-attention has {tokens.shape[1]} cells in {tokens.shape[0]} rows, and its layer {height} x "
+                f"{width} in {count}; another node changes its size. Connect the model as it is before that node."
             )
-        return tokens.mT.unflatten(-1, (layer.height, layer.width))
+        return tokens.mT.unflatten(-1, (height, width))
 
-    return to_map
+    return to_map, note
 
 
 def _of_tokens(size: tuple[int, int], patch: int) -> Callable:

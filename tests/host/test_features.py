@@ -403,3 +403,22 @@ def test_maps_of_all_layers_lie_over_each_other():
     ramp = torch.arange(5.0).add(0.5).mul(2).expand(5, 5).reshape(1, 25, 1)  # where its centres are, in smaller cells
     found = mean_map({Layer("a", 0, 1, 9, 9): torch.zeros(1, 81, 1), Layer("b", 0, 2, 5, 5): ramp})[0, 0, 4]
     torch.testing.assert_close(2 * found[1:8], torch.arange(1.0, 8).add(0.5))
+
+
+@pytest.mark.parametrize("node", ["HyperTile", "ToMe"])
+def test_layers_that_another_node_makes_smaller_are_refused(node):
+    """Tiles of 32 x 32 and a quarter of the tokens are as many cells as a layer of half the side has."""
+    from comfy_extras.nodes_hypertile import HyperTile
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    made = tiny("sd15")
+    with torch.inference_mode():
+        made.model = (
+            HyperTile.execute(made.model, 256, 1, 0, False)[0]
+            if node == "HyperTile"
+            else TomePatchModel.execute(made.model, 0.75)[0]
+        )
+        made.latent = torch.randn(4, 64, 64)
+    with pytest.raises(CarrierMismatch, match="another node changes its size"):
+        extract(made, wanted(made, "query", "key"))
+    assert hooks(made) == 0
