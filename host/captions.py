@@ -8,7 +8,21 @@ from itertools import accumulate
 import torch
 
 from .concept_set import ConceptSet
-from .text import INNER, NAMED, encode_many, encoders, end_to_end, even, mark_of, mark_rows, ready, variant, with_rows
+from .text import (
+    INNER,
+    NAMED,
+    encode_many,
+    encoders,
+    end_to_end,
+    even,
+    mark_of,
+    mark_rows,
+    not_read,
+    ready,
+    shown_marks,
+    variant,
+    with_rows,
+)
 from .variants import Grid, with_contexts
 from .words import CAPTION, unmarked
 
@@ -38,6 +52,7 @@ class Prompts:
         """``counts``: per mark (the concept is "") the learned vectors per encoder key.
 
         Encoders that learn nothing see the plain ``word`` in the concept's place, and nothing at other marks.
+        Raises: CarrierMismatch when a caption has no learned row where it has a mark.
         """
         self.clip, self.slots, self.names = clip, {e.slot: e.key for e in encoders(clip)}, list(counts)
         self.plain: dict[str, dict[str, torch.Tensor]] = {}
@@ -56,7 +71,14 @@ class Prompts:
             known = match[1] in self.names
             return f" embedding:{INNER}{self.names.index(match[1])} " if known else match[0]
 
-        self.tokens = [marking.tokenize(MARK.sub(marked, NAMED.sub("{}", t)).strip()) for t in texts]
+        self.tokens = []
+        for text in texts:
+            tokens = marking.tokenize(MARK.sub(marked, NAMED.sub("{}", text.strip())).lstrip())
+            there = {self.names[mark // STRIDE] for mark in shown_marks(tokens)}
+            wanted = {name for name in MARK.findall(NAMED.sub("{}", text)) if any(counts.get(name, {}).values())}
+            if wanted - there:
+                raise not_read(clip, f"the concept in the caption {text!r}")
+            self.tokens.append(tokens)
         for encoder in encoders(clip):
             _level(encoder.tokenizer, [tokens[encoder.slot] for tokens in self.tokens])
 

@@ -23,6 +23,8 @@ from .text import (
     even,
     fill,
     mark_rows,
+    not_read,
+    shown_marks,
     variant,
     widths,
     with_rows,
@@ -47,7 +49,7 @@ def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached
     the rows it bundles, or for the words it was learned with. Concepts with rows per stage, layer or role are encoded
     once per variant and travel in the conditioning (variants.py), and so do the directions of marked words
     (modulation.py), which change nothing of what is encoded; ``cached``: those stored with the concept.
-    Raises: ValueError for an unknown or doubled name, CarrierMismatch for a concept that does not fit.
+    Raises: ValueError for an unknown or doubled name, CarrierMismatch for a concept that does not fit or is not read.
     """
     by_name: dict[str, tuple[Concept, float]] = {}
     for concept, strength in concepts:
@@ -104,7 +106,10 @@ def _variants(clip, text: str, shown: list[_Shown]) -> tuple[list, object]:
         }
         for number, own in enumerate(shown)
     }
-    marked = with_rows(clip, marks).tokenize(text) if any(own.bypass for own in shown) else {}
+    marked = with_rows(clip, marks).tokenize(text) if shown else {}
+    there = shown_marks(marked)
+    if lost := [f"<{own.concept.name}>" for number, own in enumerate(shown) if number not in there]:
+        raise not_read(clip, ", ".join(lost))
     grid, encoded, known, used = Grid.of([own.concept for own in shown]), [], {}, clip
 
     def alike(cells):  # the bypass comes behind the encoder

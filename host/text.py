@@ -146,9 +146,10 @@ def _resolving(tokenizer: SDTokenizer, table) -> SDTokenizer:
 
     def resolve(text):
         name, _, rest = text.partition(" ")
-        rows = table.get(name, {}).get(own.embedding_key)
-        if rows is None:
+        if name not in table:
             return stock(own, text)
+        # SD3 has tokenizers of encoders that are not there
+        rows = table[name].get(own.embedding_key, torch.zeros(0, own.embedding_size))
         return (rows, name, rest.strip()) if named else (rows, rest.strip())
 
     own._try_get_embedding = resolve
@@ -165,15 +166,30 @@ def mark_of(token) -> int | None:
     return int(token[0]) - int(MARKS) if torch.is_tensor(token) and float(token[0]) >= MARKS else None
 
 
+def shown_marks(tokens: Mapping) -> set[int]:
+    """Numbers of all marks in a token dict."""
+    return {mark_of(token) for chunks in tokens.values() for chunk in chunks for token, *_ in chunk} - {None}
+
+
+def not_read(clip, what: str) -> CarrierMismatch:
+    """The error for learned rows that no tokenizer of the CLIP puts into its tokens."""
+    return CarrierMismatch(
+        f"The tokenizers of this CLIP ({type(clip.tokenizer).__name__}) put no learned rows in the place of {what}, so "
+        "they would do nothing; connect another text encoder."
+    )
+
+
 def fill(text: str, names: Mapping[str, str]) -> str:
     """Replaces ``<name>`` by the host's ``embedding:`` syntax under an internal name, or by a plain word.
 
-    Between blanks, as the host knows it wherever it stands; a bracket may be one of the text, which begins no segment.
+    Between blanks, as the host knows it wherever it stands; a bracket may be one of the text, which begins no segment,
+    and some tokenizers put a template around the text, whose words are no part of the name.
     """
 
     def swap(match):
-        before, after = text[: match.start()][-1:], text[match.end() :][:1]
-        return ("" if before in ("", " ", "\n") else " ") + names[match[1]] + ("" if after in ("", " ") else " ")
+        before, after, name = text[: match.start()][-1:], text[match.end() :][:1], names[match[1]]
+        apart = after != " " if name.startswith("embedding:") else after not in ("", " ")
+        return ("" if before in ("", " ", "\n") else " ") + name + (" " if apart else "")
 
     return NAMED.sub(lambda m: swap(m) if m[1] in names else m[0], text)
 

@@ -5,7 +5,7 @@ import torch
 
 from .test_learn_modulation import pictures
 from .test_variants import concept
-from .tiny import FAMILIES, embedding, tiny
+from .tiny import FAMILIES, clip, embedding, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -94,3 +94,29 @@ def test_rows_of_embedding_files_are_left_alone(family, size, tmp_path):
         prompts.ready()
         entries, _ = prompts.conditions(Grid.of([what]), what.tensors, [0], torch.tensor([0]))
     torch.testing.assert_close(entries[0][0], context, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["a photo of {}", "{}", "a {} on sand"])
+def test_marks_are_told_from_the_template_around_the_caption(text):
+    from concepts.host.captions import Prompts
+
+    made = clip("z-image")
+    assert learned(Prompts(made, [text], "mug", {"": {"qwen3_4b": 2}}).tokens[0]["qwen3_4b"]) == 2
+
+
+def learned(chunks) -> int:
+    return sum(torch.is_tensor(token) for chunk in chunks for token, *_ in chunk)
+
+
+def test_a_caption_without_learned_rows_is_named(monkeypatch):
+    from concepts.carriers.errors import CarrierMismatch
+    from concepts.host.captions import Prompts
+
+    made = clip("sd15")
+    own = made.tokenizer.tokenize_with_weights
+    monkeypatch.setattr(
+        type(made.tokenizer), "tokenize_with_weights", lambda self, text, *a, **k: own(text.replace(":", ""), *a, **k)
+    )
+    with pytest.raises(CarrierMismatch, match="the concept in the caption 'a {}'"):
+        Prompts(made, ["a {}"], "mug", {"": {"clip_l": 1}})
+    Prompts(made, ["a mug"], "mug", {"": {"clip_l": 1}})

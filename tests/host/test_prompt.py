@@ -167,3 +167,35 @@ def test_a_residual_is_nothing_to_encoders_it_never_learned(family):
     if len(keys) > 1:
         alone, without = ours(family, "a <residual1>", part), stock(family, "a ")
         assert len(alone) == len(without)
+
+
+@pytest.mark.parametrize("text", ["a photo of a <mug>", "<mug>", "a <mug>, red", "a <mug> on sand"])
+def test_a_name_is_told_from_the_template_around_the_text(text):
+    from concepts.host.text import TOKENS
+
+    with torch.inference_mode():
+        made = clip("z-image")
+    one, two = (ours(made, text, concept(made, seed=seed)) for seed in (0, 1))
+    assert not equal(one, two) and not equal(one, stock(made, text))
+    said = [token for chunk in one[0][1][TOKENS]["qwen3_4b"] for token, *_ in chunk]
+    assert sum(torch.is_tensor(token) for token in said) == 2
+    plain = ours(made, text.replace(",", ""), (concept(made), 0.0))
+    assert equal(plain, stock(made, text.replace(",", "").replace("<mug>", "mug")))
+
+
+def test_a_concept_that_no_tokenizer_reads_is_named(monkeypatch):
+    with torch.inference_mode():
+        made = clip("sd15")
+    own = made.tokenizer.tokenize_with_weights
+    monkeypatch.setattr(
+        type(made.tokenizer), "tokenize_with_weights", lambda self, text, *a, **k: own(text.replace(":", ""), *a, **k)
+    )
+    with pytest.raises(CarrierMismatch, match="SD1Tokenizer.* in the place of <mug>"):
+        ours(made, "a <mug>", concept(made))
+
+
+def test_tokenizers_without_their_encoder_say_nothing(caplog):
+    with torch.inference_mode():
+        made = clip("sd3")
+    ours(made, "a <mug>", concept(made))
+    assert "does not exist" not in caplog.text

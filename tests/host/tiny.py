@@ -10,6 +10,10 @@ import torch.nn.functional as F
 CLIP_L = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 CLIP_G = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 T5 = {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 128}
+QWEN = {
+    **{"vocab_size": 151936, "hidden_size": 64, "intermediate_size": 64},
+    **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
 FAMILIES = ("sd15", "sd2", "sdxl", "sd3", "flux")
 ALIKE = {"sd2": "sd15", "sd3": "flux"}
 """Families whose tests are slow ones where it is the kind of network that matters, which the other has too."""
@@ -149,7 +153,7 @@ def model(family: str, dtype=torch.float32, cast=None):
 
 def clip(family: str):
     """The family's text encoders with the real tokenizers; ``sd3 t5``: all three of SD3's, T5's rows as wide as
-    those."""
+    those; ``z-image``: one that puts a template around the text."""
     import comfy.sd
     import comfy.sd1_clip
     import comfy.sdxl_clip
@@ -157,6 +161,7 @@ def clip(family: str):
     import comfy.text_encoders.flux as flux
     import comfy.text_encoders.sd2_clip as sd2
     import comfy.text_encoders.sd3_clip as sd3
+    import comfy.text_encoders.z_image as z_image
 
     kinds = {
         "sd15": lambda: (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
@@ -164,6 +169,7 @@ def clip(family: str):
         "sdxl": lambda: (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
         "sd3": lambda: (sd3.SD3Tokenizer, sd3.sd3_clip(t5=False)),
         "sd3 t5": lambda: (sd3.SD3Tokenizer, sd3.sd3_clip(dtype_t5=torch.float32)),
+        "z-image": lambda: (z_image.ZImageTokenizer, z_image.te()),
         "flux": lambda: (flux.FluxTokenizer, flux.flux_clip(dtype_t5=torch.float32)),
     }
     cpu = torch.device("cpu")
@@ -172,6 +178,7 @@ def clip(family: str):
         "clip_h_model_config": CLIP_L,
         "clip_g_model_config": CLIP_G,
         "t5xxl_model_config": T5,
+        "qwen3_4b_model_config": QWEN,
         "dtype": torch.float32,
         "load_device": cpu,
         "offload_device": cpu,
