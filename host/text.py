@@ -182,14 +182,16 @@ def not_read(clip, what: str) -> CarrierMismatch:
 def fill(text: str, names: Mapping[str, str]) -> str:
     """Replaces ``<name>`` by the host's ``embedding:`` syntax under an internal name, or by a plain word.
 
-    Between blanks, as the host knows it wherever it stands; a bracket may be one of the text, which begins no segment,
-    and some tokenizers put a template around the text, whose words are no part of the name.
+    The first between blanks, as the host knows it wherever it stands; a bracket may be one of the text, which begins no
+    segment, and some tokenizers put a template around the text, whose words are no part of the name. A word only apart
+    from other words.
     """
 
     def swap(match):
         before, after, name = text[: match.start()][-1:], text[match.end() :][:1], names[match[1]]
-        apart = after != " " if name.startswith("embedding:") else after not in ("", " ")
-        return ("" if before in ("", " ", "\n") else " ") + name + (" " if apart else "")
+        if not name.startswith("embedding:"):
+            return " " * before.isalnum() + name + " " * after.isalnum()
+        return ("" if before in ("", " ", "\n") else " ") + name + ("" if after == " " else " ")
 
     return NAMED.sub(lambda m: swap(m) if m[1] in names else m[0], text)
 

@@ -99,6 +99,14 @@ def test_strength_0_is_the_plain_word_and_1_the_concept(family):
     assert not equal(ours(family, text, (learned, 0.5)), ours(family, text, learned))
 
 
+@pytest.mark.parametrize("text", ["a <mug>, red", "a (<mug>:1.3).", "<mug>"])
+def test_a_plain_word_stands_where_its_name_stood(family, text):
+    """No blank parts it from a comma, which T5 would read as another token."""
+    plain = stock(family, text.replace("<mug>", "mug"))
+    assert equal(ours(family, text, (concept(family), 0.0)), plain)
+    assert equal(ours(family, "a<mug>s", (concept(family), 0.0)), stock(family, "a mug s"))
+
+
 def test_the_clip_stays_as_it_is(family):
     tokenizers = dict(vars(family.tokenizer))
     before = stock(family, "a red mug")
