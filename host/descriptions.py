@@ -24,6 +24,7 @@ def description(data: ConceptSet, picture: int, word: str) -> str:
 def caption_mean(encoder: Encoder, text: str) -> torch.Tensor:
     """Mean [width], fp32, of the last hidden states over the tokens of ``text`` without start, end and padding.
 
+    Of SD2's encoder what the model conditions on: it is the last state in diffusers' files, which end there.
     Raises: ValueError when there is no token, or the states do not have the width of the encoder's input.
     """
     chunks = encoder.tokenizer.tokenize_with_weights(text, return_word_ids=True)
@@ -31,7 +32,7 @@ def caption_mean(encoder: Encoder, text: str) -> torch.Tensor:
     if not own.any():
         raise ValueError(f"The caption {text!r} has no words; describe each picture, or set residual_init to random.")
     model = encoder.model
-    kept, model.layer = model.layer, "last"
+    kept, model.layer = model.layer, model.layer if encoder.key == "clip_h" else "last"
     try:
         with torch.no_grad():
             states = torch.cat([model([[token for token, *_ in chunk]])[0] for chunk in chunks]).float()

@@ -278,6 +278,21 @@ def test_a_residual_starts_as_the_mean_of_its_caption(toy, mug_set):
     torch.testing.assert_close(norms, encoder.vocabulary.float().norm(dim=-1).mean().expand_as(norms))
 
 
+def test_a_caption_of_sd2_is_read_where_the_model_reads_it(host):
+    """Files of diffusers lack the encoder's last layer, so whatever memory held stands there."""
+    from concepts.host.descriptions import caption_mean
+    from concepts.host.text import encoders
+
+    made, text = tiny("sd2"), "a red mug on a wooden table"
+    (encoder,) = encoders(made.clip)
+    with torch.inference_mode():
+        for parameter in encoder.model.transformer.text_model.encoder.layers[-1].parameters():
+            parameter.fill_(torch.nan)
+        conditioned = made.clip.encode_from_tokens(made.clip.tokenize(text))[0]
+        found = caption_mean(encoder, text)
+    torch.testing.assert_close(found, conditioned[1 : 1 + len(encoder.ids(text))].mean(0))
+
+
 def test_one_picture_is_refused_with_the_reason(toy, mug_set):
     from concepts.host.concept_set import ConceptSet
 
