@@ -1,7 +1,7 @@
 """Attention held to the class word's: a concept's maps against those of the same prompts around its class word.
 
 The reference prompt's keys ride along in the same pass (attention.py), so it costs no second one. SeFi-IDE (arXiv
-2402.00631) compares every word's map, AttnDreamBooth (2024) mean and variance of the concept's.
+2402.00631) compares every word's map, AttnDreamBooth (2024) mean and variance of that of each of the concept's rows.
 """
 
 import math
@@ -64,13 +64,19 @@ class ClassAttention:
                 context = self.reference.encode(text, {})[0]
             own, other, concept = self.columns(text)
             if self.kind in OF_CONCEPT:
-                own, other = own[:, concept], other[:, concept]
+                own, other = _each(own[:, concept], other[:, concept])
             self.known[text] = context, own, other
         return self.known[text]
 
     def columns(self, text: int) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
         """As ``positions.aligned``, of a caption."""
         return aligned(self.encoder, self.prompts.tokens[text], self.reference.tokens[text])
+
+
+def _each(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of single rows, one for each that ``own`` [m, c] weighs, and for each the column of ``other`` [r, c]."""
+    column, row = own.T.nonzero(as_tuple=True)
+    return F.one_hot(row, len(own)).T.to(own), other[:, column]
 
 
 def _stacked(columns: list[torch.Tensor], length: int) -> torch.Tensor:

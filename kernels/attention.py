@@ -149,19 +149,19 @@ def _difference(q, k, reference, columns, of_reference, kind):
     ours, theirs = ours @ columns.to(ours)[:, None], theirs @ of_reference.to(ours)[:, None]
     if kind == "probabilities":
         return (ours - theirs).square().sum() * PIXELS / (q.shape[2] * q.shape[0] * q.shape[1])
-    return attention_moments(ours.mean(1), theirs.mean(1), variance=2.5 if kind == "moments" else 0.0)
+    return attention_moments(ours, theirs, (columns.sum(1) > 0).sum(-1), 2.5 if kind == "moments" else 0.0)
 
 
-def attention_moments(ours: torch.Tensor, theirs: torch.Tensor, mean: float = 1.0, variance: float = 2.5):
-    """Distance between mean and variance over the pixels of two maps [b, n, c] (AttnDreamBooth, 2024).
+def attention_moments(ours: torch.Tensor, theirs: torch.Tensor, count: torch.Tensor, variance: float) -> torch.Tensor:
+    """Distance between mean and variance, over heads and pixels, of two maps [b, h, n, c] (AttnDreamBooth, 2024).
 
-    Its stages 2 and 3 weigh them 2 and 5, its first the mean alone; here the ratio, and the size in the weight of the
-    loss.
-    Returns: scalar, summed over columns, mean over the batch.
+    ``count`` [b or 1]: columns that show anything; ``variance``: weight beside that of the means. The authors' stages 2
+    and 3 weigh them 2 and 5, their first the means alone.
+    Returns: scalar, mean over columns and batch.
     """
-    means = (ours.mean(1) - theirs.mean(1)).square()
-    spreads = (ours.var(1, unbiased=False) - theirs.var(1, unbiased=False)).square()
-    return (mean * means + variance * spreads).sum(-1).mean()
+    means = (ours.mean((1, 2)) - theirs.mean((1, 2))).square()
+    spreads = (ours.var((1, 2)) - theirs.var((1, 2))).square()
+    return ((means + variance * spreads).sum(-1) / count.clamp_min(1)).mean()
 
 
 def attention_loss(q, k, reference, heads: int, columns, of_reference, kind: str = "probabilities") -> torch.Tensor:
@@ -170,8 +170,8 @@ def attention_loss(q, k, reference, heads: int, columns, of_reference, kind: str
     q [b, n, heads * d]; k [b, m, heads * d]; reference [b, r, heads * d], keys of the reference prompt for the same
     queries; columns [b, m, c] and of_reference [b, r, c] say which keys are compared, columns of zeros count nothing.
     ``probabilities``: squared difference summed over tokens and pixels, mean over heads and batch, scaled to 1,024
-    pixels; ``logits``: mean square before the softmax; ``moments``: ``attention_moments`` of the head-mean maps;
-    ``means``: their means alone.
+    pixels; ``logits``: mean square before the softmax; ``moments``: ``attention_moments``; ``means``: of the means
+    alone.
     Returns: scalar. Raises: ValueError for an unknown kind.
     """
     if kind not in LOSSES:

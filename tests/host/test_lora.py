@@ -512,6 +512,24 @@ def test_the_attention_loss_holds_the_maps_to_the_class_words(toy, mug_set):
     assert recomputed.terms["attention"] == pytest.approx(on.terms["attention"], rel=1e-3)
 
 
+def test_each_vector_is_held_to_the_class_word(toy, mug_set):
+    """As the authors' loss does, and not their mean; a caption without the concept has nothing to hold."""
+    from concepts.host.gradients import training
+    from concepts.host.learn_lora import LoraSession
+
+    target = fitted(rows(n=2, init_text="mug"), toy_width(toy))
+    data = replace(mug_set, captions=(("a photo of {}",), ("a photo",), *mug_set.captions[2:]))
+    with training(toy[0], toy[1].patcher):
+        made = LoraSession(toy[0], toy[1], data, settings(token_text="", attention_weight=2.0), tokens=target)
+        made.begin()
+        _, own, other = made.held.compared(made.index["a photo of {}"])
+        _, *without = made.held.compared(made.index["a photo"])
+    first = own[:, 0].argmax()
+    assert torch.equal(own, torch.eye(len(own))[:, first : first + 2])
+    assert torch.equal(other, torch.eye(len(other))[:, first].expand(2, -1).T)
+    assert [c.shape[1] for c in without] == [0, 0]
+
+
 def test_the_attention_loss_needs_rows_and_maps(toy, mug_set):
     from concepts.host.learn_lora import LoraSession
 
