@@ -30,16 +30,19 @@ def space_of(sampling) -> tuple[str, float]:
     raise NotImplementedError(f"Models that sample with {type(sampling).__mro__[1].__name__} cannot be learned on yet.")
 
 
-def sigmas_at(sampling, times: torch.Tensor) -> torch.Tensor:
+def sigmas_at(sampling, times: torch.Tensor, shifted: bool = True) -> torch.Tensor:
     """Noise levels [b], fp32, at training times in [0, 1] (1 = pure noise).
 
-    Models with a table of discrete steps use exactly those steps; flow models apply their own shift.
+    Models with a table of discrete steps use exactly those steps; flow models apply their own shift, or with
+    ``shifted`` False have the times themselves.
     """
     if space_of(sampling)[0] != "flow" and hasattr(sampling, "sigmas"):
         table = sampling.sigmas.detach().float().cpu()
         return table[(times * len(table)).long().clamp(0, len(table) - 1)]
-    percent = 1 - times.clamp(1e-3, 1 - 1e-3)
-    return torch.tensor([float(sampling.percent_to_sigma(float(p))) for p in percent], dtype=torch.float32)
+    times = times.clamp(1e-3, 1 - 1e-3)
+    if not shifted:
+        return times.float().cpu()
+    return torch.tensor([float(sampling.percent_to_sigma(float(1 - t))) for t in times], dtype=torch.float32)
 
 
 def noise_time(sampling, sigma: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ class Exclusion:
 
     def noised(self, clean: torch.Tensor, when: torch.Tensor, draw: torch.Generator) -> tuple:
         """Noised latents [b, c, h, w] at times [b], and their noise levels [b]."""
-        sigma = sigmas_at(self.denoiser.sampling, when).to(self.denoiser.device)
+        sigma = sigmas_at(self.denoiser.sampling, when, self.settings.shifted).to(self.denoiser.device)
         noise = torch.randn(clean.shape, generator=draw).to(self.denoiser.device)
         return self.denoiser.noised(clean, noise, sigma), sigma
 

@@ -23,6 +23,7 @@ from ..kernels.losses import masked_mse, residual
 from . import isolation, modulation
 from .captions import Prompts, marked_captions
 from .concept_set import ConceptSet
+from .denoise import sigmas_at
 from .gradients import ordinary
 from .meanings import checked
 from .positions import read_from
@@ -208,9 +209,7 @@ class ModulationSession(Session):
 
     def sigmas(self, when):
         """The paper's times are the share of noise itself, whatever shift the model samples with."""
-        if self.settings.time_law != LAW:
-            return super().sigmas(when)
-        return when.to(self.denoiser.device, torch.float32).clamp(1e-3, 1 - 1e-3)
+        return sigmas_at(self.denoiser.sampling, when, self.settings.time_law != LAW).to(self.denoiser.device)
 
     def times(self, count, step, draw):
         """The paper's law, or that of every learner."""

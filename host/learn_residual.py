@@ -14,6 +14,7 @@ from ..kernels.draws import generator
 from ..kernels.fit import Adam
 from ..kernels.losses import masked_mse, residual
 from .captions import Prompts
+from .denoise import sigmas_at
 from .descriptions import caption_mean, description
 from .exclusion import Anchor, Exclusion, anchor_count
 from .learn_tokens import chosen_encoders
@@ -44,6 +45,7 @@ PRESETS = {
         "decay": 1e-2,
     },
     "flux repository": {
+        "steps": 200,
         "learning_rate": 1e-4,
         "accumulate": 1,
         "residual_vectors": 1,
@@ -51,6 +53,7 @@ PRESETS = {
         "beta": 0.5,
         "decay": 1e-4,
         "encoders": ("t5xxl",),
+        "shifted": False,
     },
     "custom": {},
 }
@@ -86,6 +89,8 @@ class ResidualSettings(RunSettings):
     clip: float = 1.0
     encoders: tuple[str, ...] = ()
     """Encoder keys to learn; empty for all."""
+    shifted: bool = True
+    """Flow models learn at noise levels with the shift that they sample with."""
     preset: str = "custom"
     """Which of ``PRESETS`` these settings come from."""
 
@@ -203,6 +208,10 @@ class ResidualSession(Session):
         """The target with each picture's residual."""
         asked = [(BOTH, [self._rows(parameters, i)]) for i in pictures]
         return [entry for _, entry in self.prompts.encode_groups(asked)], None
+
+    def sigmas(self, when):
+        """As the settings shift them."""
+        return sigmas_at(self.denoiser.sampling, when, self.settings.shifted).to(self.denoiser.device)
 
     def watched(self):
         return self.prompts.tokens[BOTH]

@@ -43,7 +43,8 @@ def pace(steps: int, rate: float, steps_tip: str, rate_tip: str) -> list:
 def noise(
     accumulate: int = 1,
     laws: tuple[str, ...] = LAWS,
-    law_tip: str = "Which noise levels are trained. logit-normal is usual for SD3 and Flux.",
+    law_tip: str = "Which noise levels are trained. logit-normal is usual for SD3 and Flux, whose levels are then "
+    "shifted as in sampling.",
 ) -> list:
     """Accumulation, noise levels (the first of ``laws`` unless said otherwise) and mask."""
     return [

@@ -27,8 +27,8 @@ class LearnResiduals(io.ComfyNode):
                     default="paper",
                     tooltip="custom: the widgets count. Any other replaces steps, learning_rate, accumulate, "
                     "residual_length, joining, beta and weight_decay. paper: 200, 4e-4, 4, 8, with, 0.05, 0.01. "
-                    "repository: 200, 5e-4, 1, 8, side by side, 0.05, 0.01. flux repository: 1e-4, 1, 1, side by "
-                    "side, 0.5, 1e-4, with your steps and T5-XXL alone. All other widgets always count.",
+                    "repository: 200, 5e-4, 1, 8, side by side, 0.05, 0.01. flux repository: 200, 1e-4, 1, 1, side by "
+                    "side, 0.5, 1e-4, T5-XXL alone, noise levels without shift. All other widgets always count.",
                 ),
                 io.String.Input(
                     "class_word",

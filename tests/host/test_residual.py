@@ -252,10 +252,27 @@ def test_presets_replace_what_they_fix_and_nothing_else(host):
     paper = preset("paper", **values)
     assert (paper.steps, paper.learning_rate, paper.accumulate, paper.beta, paper.joined) == (200, 4e-4, 4, 0.05, True)
     assert (paper.seed, paper.anchors, paper.preset) == (5, 2, "paper")
-    assert preset("flux repository", **values).steps == 7 and preset("repository", **values).accumulate == 1
+    assert preset("flux repository", **values).steps == 200 and preset("repository", **values).accumulate == 1
     assert all(set(p) <= set(vars(paper)) for p in PRESETS.values())
     assert "learning_rate 0.0004 (asked 1.0)" in replaced("paper", **values) and not replaced("custom", **values)
     assert "joined" not in replaced("repository", **values), "as asked"
+
+
+def test_the_preset_of_flux_has_the_noise_levels_of_its_authors(host):
+    """Their scheduler shifts nothing before it samples: uniform, for pictures and anchors."""
+    from concepts.host.gradients import training
+    from concepts.host.learn_residual import ResidualSession, preset
+
+    made, draw = tiny("flux"), generator(0, 0, "test")
+    chosen = preset("flux repository", name="mug", init_text="mug")
+    with training(made.model, made.clip.patcher):
+        learner = ResidualSession(made.model, made.clip, pictures(made.latent), chosen)
+        learner.begin()
+        when = learner.times(2000, 0, draw)
+        _, of_anchors = learner.exclusion.noised(learner.clean[0].expand(2000, -1, -1, -1), when, draw)
+    quartiles = torch.tensor([0.25, 0.5, 0.75])
+    for levels in (of_anchors, learner.sigmas(when)):
+        torch.testing.assert_close(levels.quantile(quartiles), quartiles, rtol=0, atol=0.03)
 
 
 def test_a_residual_starts_as_the_mean_of_its_caption(toy, mug_set):
