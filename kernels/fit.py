@@ -8,7 +8,8 @@ from torch.optim.adam import adam
 
 
 class Diverged(RuntimeError):
-    """Loss or gradient is not finite; the learned tensors are still those of the last good step."""
+    """Loss or gradient is not finite; the learned tensors are still those of the last finished step, whose own loss was
+    taken before it: continued from there, the same draw breaks again."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def settings(**changes):
     return replace(TokenSettings("mug", steps=4, vectors=2, init_text="mug", batch=2), **changes)
 
 
-def learn(toy, data, earlier=None, checkpointing="off", **changes):
+def learn(toy, data, earlier=None, checkpointing="off", save_every=2, **changes):
     """One run as a node does it, in inference mode."""
     from concepts.host import learn as learning
     from concepts.host.learn_tokens import TokenSession
@@ -30,7 +30,7 @@ def learn(toy, data, earlier=None, checkpointing="off", **changes):
         return learning.learn(
             TokenSession(toy[0], toy[1], data, settings(**changes), earlier),
             preview_every=2,
-            save_every=2,
+            save_every=save_every,
             checkpointing=checkpointing,
         )
 
@@ -182,14 +182,86 @@ def test_an_interrupt_behind_the_last_step_keeps_the_run(toy, mug_set, monkeypat
     assert read_concept(file).info["steps"] == 1
 
 
-def test_a_diverging_run_keeps_the_last_good_state(toy, mug_set):
-    with pytest.raises(Diverged, match="lower learning rate") as error:
-        learn(toy, mug_set, steps=20, learning_rate=1e30)
+def broken_at(monkeypatch, *numbers):
+    """Steps (from 1) whose loss is not a number, as the same parameters and draws give it every time."""
+    from concepts.host.session import Session
+
+    step_loss = Session.step_loss
+
+    def broken(self, parameters, step, micro):
+        return step_loss(self, parameters, step, micro) * (float("nan") if step + 1 in numbers else 1)
+
+    monkeypatch.setattr(Session, "step_loss", broken)
+
+
+def left_by(run) -> tuple[str, list]:
+    """What a run says that breaks, and the files it leaves."""
     from concepts.host import folders
 
-    name = next(w for w in str(error.value).split() if w.endswith(".safetensors"))
-    kept = read_concept(folders.output("autosave") / name)
-    assert 0 < kept.info["steps"] < 20
+    there = set(folders.output("autosave").glob("*"))
+    with pytest.raises(Diverged) as error:
+        run()
+    return str(error.value), sorted(set(folders.output("autosave").glob("*")) - there)
+
+
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_a_diverging_run_keeps_a_state_that_gave_a_finite_loss(toy, mug_set, monkeypatch, save_every):
+    """That of step 2: on what step 3 left the loss of step 4 broke, and would again."""
+    whole = learn(toy, mug_set, steps=2)
+    broken_at(monkeypatch, 4)
+    said, (file,) = left_by(lambda: learn(toy, mug_set, steps=9, save_every=save_every))
+    assert f"at step 4 (loss nan). Step 2 is the last one known to be good. It is in {file.name} " in said
+    assert said.endswith("Continue from it with a lower learning rate.")
+    kept = read_concept(file)
+    assert kept.info["steps"] == 2 and same(kept.tensors, whole.concept.tensors)
+    assert same(kept.state, whole.concept.state)
+    monkeypatch.undo()
+    assert learn(toy, mug_set, earlier=kept, steps=1, learning_rate=1e-5).concept.info["steps"] == 3
+
+
+def test_a_large_module_is_copied_now_and_then(toy, mug_set, monkeypatch):
+    from concepts.host import learn as learning
+
+    monkeypatch.setattr(learning, "COPIED", 12 * 128 // 2)  # two vectors and their moments: every third step
+    broken_at(monkeypatch, 6)
+    said, (file,) = left_by(lambda: learn(toy, mug_set, steps=9, save_every=0))
+    assert "Step 3 is the last" in said and read_concept(file).info["steps"] == 3
+
+
+@pytest.mark.parametrize("number, advice", [(1, "check the pictures and the model"), (2, "Start again with a lower")])
+def test_a_run_without_a_good_state_leaves_no_file(toy, mug_set, monkeypatch, number, advice):
+    broken_at(monkeypatch, number)
+    said, files = left_by(lambda: learn(toy, mug_set, steps=4, save_every=1))
+    assert advice in said and not files
+
+
+@pytest.mark.parametrize("number, advice", [(3, "continue from an earlier state"), (4, "Continue from <mug> again")])
+def test_a_continued_run_that_breaks_at_once_says_what_to_do(toy, mug_set, monkeypatch, number, advice):
+    earlier = learn(toy, mug_set, steps=2).concept
+    broken_at(monkeypatch, number)
+    said, files = left_by(lambda: learn(toy, mug_set, earlier=earlier, steps=4, save_every=1))
+    assert advice in said and "with a lower learning rate" in said and not files
+
+
+@pytest.mark.parametrize("steps, number", [(3, 2), (1, 0)])
+def test_a_last_step_that_breaks_the_model_keeps_the_one_before(toy, mug_set, monkeypatch, steps, number):
+    from concepts.host.session import Session
+
+    fixed, calls = Session.fixed_loss, []
+    monkeypatch.setattr(
+        Session, "fixed_loss", lambda self: calls.append(1) or (fixed(self) if len(calls) < 2 else 1e400)
+    )
+    said, files = left_by(lambda: learn(toy, mug_set, steps=steps))
+    assert f"The loss on fixed noise is not finite after step {steps}" in said and "lower learning rate" in said
+    assert [read_concept(f).info["steps"] for f in files] == [number] * bool(number)
+
+
+def test_a_model_that_gives_no_finite_loss_is_named_before_learning(toy, mug_set, monkeypatch):
+    from concepts.host.session import Session
+
+    monkeypatch.setattr(Session, "fixed_loss", lambda self: float("nan"))
+    said, files = left_by(lambda: learn(toy, mug_set))
+    assert "not finite before learning" in said and "--force-fp32" in said and not files
 
 
 def test_a_full_disk_does_not_end_the_learning(toy, mug_set, monkeypatch, tmp_path):
