@@ -266,27 +266,40 @@ def learn_dictionary(
     with advised(advice), torch.inference_mode(False), torch.enable_grad():
         session = DictionarySession(clip, corpus, settings, earlier, clip.patcher.load_device)
         losses, last = list(session.past), None
-        progress = Progress(settings.steps)
+        progress, saved, good = Progress(settings.steps), None, None
         try:
             for step in fit(session.parameters, session.loss, session.optimiser(), settings.steps, state=session.state):
+                good = saved
                 session.finished()
                 losses.append(step.loss / session.width)
                 last, done = step.state, step.number - len(session.past)
                 if save_every and done % save_every == 0:
-                    kept.put(session.dictionary(last, losses))
+                    saved = session.dictionary(last, losses)
+                    kept.put(saved)
                 if done % 10 == 0:
                     say(f"{done} of {settings.steps} steps, loss {losses[-1]:.4f}")
                 progress.show(done)
-        except BaseException as error:  # newer hosts raise interrupts outside Exception
+        except Diverged as error:
+            if last is None:
+                advice = (
+                    f"{f'Dictionary {earlier.name}' if earlier else 'The text encoder'} gives that as it is: start anew"
+                )
+            elif good is None:
+                kept.drop()
+                again = f"Continue from {earlier.name} again" if earlier else "Start again"
+                advice = f"No autosave of this run is known to be good. {again}"
+            else:
+                where = kept.put(good) or f"It is in {kept.file.name} (output/dictionaries)."
+                steps = good.info["learned"]["steps"]
+                advice = f"Step {steps} is the last autosave known to be good. {where} Continue from it"
+            before = f" (loss before {losses[-1]:.4f})" if losses else ""
+            raise Diverged(
+                f"The loss or its gradient is not finite at step {len(losses) + 1}{before}. {advice} with a lower "
+                "learning rate."
+            ) from error
+        except BaseException:  # newer hosts raise interrupts outside Exception
             if last is not None:
-                lost = kept.put(session.dictionary(last, losses))
-                if isinstance(error, Diverged):
-                    where = lost or f"It is in {kept.file.name} (output/dictionaries)."
-                    raise Diverged(
-                        f"The loss or its gradient is not finite at step {len(losses) + 1} (loss before "
-                        f"{losses[-1]:.4f}). The state of step {len(losses)} is good. {where} Continue from it with a "
-                        "lower learning rate."
-                    ) from error
+                kept.put(session.dictionary(last, losses))
             raise
         for parameter in session.parameters.values():
             parameter.requires_grad_(False)

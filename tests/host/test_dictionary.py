@@ -215,8 +215,30 @@ def test_losses_shown_are_those_of_the_curve(toy, monkeypatch):
         return loss(self, parameters, step, micro) + more
 
     monkeypatch.setattr(learn_dictionary.DictionarySession, "loss", broken)
-    with pytest.raises(Diverged, match=rf"at step 6 \(loss before {curve[4]:.4f}\). The state of step 5 is good"):
+    with pytest.raises(Diverged, match=rf"at step 6 \(loss before {curve[4]:.4f}\)"):
         learn(toy, name="broken")
+
+
+@pytest.mark.parametrize("every, steps", [(2, 2), (3, 3), (5, 0)])
+def test_what_a_broken_loss_leaves_gave_a_finite_one(toy, monkeypatch, every, steps):
+    """The loss of step 5 depends on what step 4 left, that of step 6 on what step 5 left."""
+    from concepts.host import folders, learn_dictionary
+    from concepts.kernels.fit import Diverged
+
+    loss = learn_dictionary.DictionarySession.loss
+
+    def broken(self, parameters, step, micro):
+        return loss(self, parameters, step, micro) * (float("nan") if step == (4 if every == 2 else 5) else 1)
+
+    monkeypatch.setattr(learn_dictionary.DictionarySession, "loss", broken)
+    there = set(folders.dictionaries().glob("*"))
+    with pytest.raises(Diverged, match="lower learning rate") as error:
+        learn(toy, name="left", save_every=every)
+    made = set(folders.dictionaries().glob("*")) - there
+    assert len(made) == bool(steps)
+    assert (f"Step {steps} is" if steps else "No autosave of this run is known") in str(error.value)
+    for file in made:
+        assert read_dictionary(file).info["learned"]["steps"] == steps
 
 
 def test_continuing_moves_no_fp64_to_the_device(toy):
