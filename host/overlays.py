@@ -45,6 +45,7 @@ def _sized(one: torch.Tensor, size: tuple[int, int], cell: int) -> torch.Tensor:
 
 
 def _spread(one: torch.Tensor) -> torch.Tensor:
+    one = one.nan_to_num(0.0, 0.0, 0.0)  # a model that learns at too high a rate gives these
     low, high = one.min(), one.max()
     return (one - low) / (high - low).clamp_min(1e-12)
 

@@ -235,3 +235,13 @@ def test_a_latent_will_do_and_a_picture_is_needed(toy, scene):
             given = {"words": "mug", "levels": "0.5", **changes}
             with pytest.raises(ValueError, match=message):
                 shown(toy[0], toy[1], "a mug", [], seed=0, **given)
+
+
+def test_a_map_without_numbers_still_gives_a_picture():
+    """As a model gives it that learns at too high a rate; a preview must not hide what is wrong."""
+    from concepts.host.overlays import overlay
+
+    one = torch.rand(6, 5)
+    for bad in (torch.full((6, 5), float("nan")), torch.where(one > 0.5, one, torch.inf)):
+        shown = overlay(torch.rand(6, 5, 3), bad)
+        assert shown.shape == (6, 5, 3) and bool(torch.isfinite(shown).all())
