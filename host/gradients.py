@@ -50,7 +50,7 @@ def thaw(patcher) -> None:
         for module in patcher.model.modules():
             for name, tensor in list(module._parameters.items()):
                 if tensor is not None and needs_thaw(tensor):
-                    module._parameters[name] = torch.nn.Parameter(tensor.clone(), requires_grad=False)
+                    module._parameters[name] = torch.nn.Parameter(tensor.clone(), tensor.requires_grad)
             for name, tensor in list(module._buffers.items()):
                 if tensor is not None and needs_thaw(tensor):
                     module._buffers[name] = tensor.clone()

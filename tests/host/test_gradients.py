@@ -237,3 +237,20 @@ def test_products_are_quick_where_all_matrices_have_16_bits():
     with pytest.raises(KeyboardInterrupt), quick_products(one):
         raise KeyboardInterrupt
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_weights_that_were_open_are_so_again(host):
+    """Weights made in inference mode are replaced by ordinary ones that may have gradients when those could."""
+    from concepts.host.gradients import training
+
+    made = tiny("sd15")
+    parts = (made.model, made.clip.patcher)
+
+    def flags():
+        return [p.requires_grad for part in parts for p in part.model.parameters()]
+
+    before = flags()
+    assert any(before)
+    with torch.inference_mode(), training(*parts):
+        assert not any(flags())
+    assert flags() == before
