@@ -10,6 +10,7 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..carriers.concept import Concept
+from ..carriers.errors import CarrierMismatch
 from ..kernels.draws import generator
 from ..kernels.fit import Adam
 from ..kernels.losses import masked_mse, residual
@@ -124,6 +125,15 @@ class ResidualSession(Session):
         self.passes = 1 + anchor_count(settings.anchors, self.owners) if self.excluding else 1
 
     # --- what is learned
+
+    def _checked(self, found):
+        counts = {len(v) for k, v in found.items() if k.startswith(f"{MARK}.")}
+        if self.settings.residual_vectors and counts - {max(self.owners) + 1}:
+            raise CarrierMismatch(
+                f"Concept <{self.earlier.name}> has residuals of {counts.pop()} pictures, and here are "
+                f"{max(self.owners) + 1}; continue with the pictures that it was learned on, in their order."
+            )
+        return super()._checked(found)
 
     def prepare(self):
         """Random target rows, residual rows from the captions, and every prompt tokenised; AdamW."""
