@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..host import folders
+from .inputs import within
 from .sockets import RATE, Dictionary, told
 
 
@@ -120,6 +121,7 @@ class TrainDictionary(io.ComfyNode):
         from ..host.learn_dictionary import DictionarySettings, learn_dictionary, learned_text  # not at every start
         from ..host.pictures import loss_curves
 
+        within(cls, values | {"save_every": save_every})
         done = learn_dictionary(clip, corpus, DictionarySettings(**values), continue_from, save_every=save_every)
         text = learned_text(done)
         return told(text, done.dictionary, loss_curves({"": done.losses}, done.dictionary.name), text)

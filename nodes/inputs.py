@@ -172,8 +172,20 @@ def single(lists: dict) -> dict:
     return {k: v[0] for k, v in lists.items() if v is not None}
 
 
-def run_settings(values: dict) -> dict:
-    """A node's shared ``values`` as arguments of RunSettings."""
+def within(node, values: dict) -> None:
+    """Raises: ValueError for a number outside its widget's range, which the host does not check in links."""
+    for one in node.define_schema().inputs:
+        if isinstance(one, (io.Int.Input, io.Float.Input)) and one.id in values:
+            value = values[one.id]
+            if not one.min <= value <= one.max:  # nor is nan
+                raise ValueError(
+                    f"{one.id} is {value}, but goes from {one.min} to {one.max}; look at what is linked to it."
+                )
+
+
+def run_settings(node, values: dict) -> dict:
+    """A node's shared ``values`` as arguments of RunSettings. Raises: ValueError as ``within``."""
+    within(node, values)
     same = ("name", "steps", "learning_rate", "batch", "accumulate", "masked_loss", "seed")
     return {k: values[k] for k in same} | {f"time_{k}": values[f"timestep_{k}"] for k in ("law", "low", "high")}
 

@@ -101,7 +101,7 @@ class LearnKV(io.ComfyNode):
 
         same = ("stages", "mapper", "attention_weight", "attention_layers", "attention_loss")
         settings = KVSettings(
-            **shared.run_settings(values),
+            **shared.run_settings(cls, values),
             **{k: values[k] for k in same},
             init_text=values["init_text"].strip(),
             split=values["split_kv"],

@@ -114,7 +114,7 @@ class LearnTokens(io.ComfyNode):
         from ..host.learn_neti import NetiSession, NetiSettings, check_alone  # not at every start
         from ..host.learn_tokens import TokenSession, TokenSettings
 
-        same = shared.run_settings(values) | {
+        same = shared.run_settings(cls, values | {"stages": stages}) | {
             "init": values["init"],
             "init_text": values["init_text"].strip(),
             "encoders": shared.chosen(clip, values),

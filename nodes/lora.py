@@ -137,7 +137,7 @@ class LearnLora(io.ComfyNode):
 
         values = shared.single(lists)
         settings = LoraSettings(
-            **shared.run_settings(values),
+            **shared.run_settings(cls, values),
             rank=values["rank"],
             targets=values["layers"],
             single_blocks=values["single_blocks"],

@@ -129,7 +129,7 @@ class LearnModulation(io.ComfyNode):
 
         codes, isolation = None if reads == "rows" else codes, values["isolation"]
         settings = ModulationSettings(
-            **shared.run_settings(values),
+            **shared.run_settings(cls, values),
             captions=values["captions"],
             shared_steps=values["shared_steps"],
             blocks=values["blocks"],

@@ -168,7 +168,7 @@ class LearnResiduals(io.ComfyNode):
         shown = {
             k: values[k] for k in ("vectors", "residual_init", "beta", "anchors", "reduction", "null_bank", "rescale")
         }
-        asked = shared.run_settings(values) | {
+        asked = shared.run_settings(cls, values) | {
             **shown,
             "residual_vectors": values["residual_length"],
             "init_text": values["class_word"].strip(),
