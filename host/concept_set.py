@@ -84,6 +84,31 @@ def fitted(picture: torch.Tensor, resolution: int, multiple: int) -> torch.Tenso
     return picture[:, top : top + high, left : left + wide]
 
 
+def _coloured(picture: torch.Tensor, number: int) -> torch.Tensor:
+    """A picture [h, w, c] as [3, h, w]."""
+    channels = picture.shape[-1]
+    if channels in (0, 2):
+        raise ValueError(
+            f"Picture {number} has {channels} channels; connect pictures in colour (3 or 4) or in grey (1)."
+        )
+    if not bool(torch.isfinite(picture).all()):
+        raise ValueError(f"Picture {number} holds numbers that are not finite; look at the node that made it.")
+    return picture.movedim(-1, 0)[:3].float().expand(3, -1, -1)
+
+
+def _cover(mask: torch.Tensor, number: int) -> torch.Tensor:
+    """A mask [h, w] or [1, h, w] as [h, w] in 0..1."""
+    if mask.ndim == 3 and len(mask) == 1:
+        mask = mask[0]
+    if mask.ndim != 2:
+        raise ValueError(
+            f"Mask {number} has shape {tuple(mask.shape)} and should have one channel; convert it to a mask first."
+        )
+    if not bool(torch.isfinite(mask).all()):
+        raise ValueError(f"Mask {number} holds numbers that are not finite; look at the node that made it.")
+    return mask.float().clamp(0, 1)
+
+
 def make_set(
     vae,
     images: list[torch.Tensor],
@@ -96,12 +121,14 @@ def make_set(
 ) -> ConceptSet:
     """Encodes pictures once.
 
-    images: IMAGE batches [n, h, w, c] of any sizes; masks: MASK batches [n, h, w], none or one per picture.
+    images: IMAGE batches [n, h, w, c] of any sizes, c 1 or at least 3; masks: MASK batches [n, h, w], [h, w] or
+    [n, 1, h, w], cut to 0..1, none or one per picture.
     ``resolution``: side of the square with the wanted area, 0 keeps sizes; sides are cropped to what the VAE takes.
-    Raises: ValueError when pictures, masks and captions do not match, a mask is empty, or the VAE gives nan.
+    Raises: ValueError when pictures, masks and captions do not match or are not finite, a mask is empty, or the VAE
+    gives nan.
     """
-    pictures = [p.movedim(-1, 0)[:3].float() for batch in images for p in batch]
-    covers = [m.float() for batch in masks for m in (batch if batch.ndim == 3 else batch[None])]
+    pictures = [_coloured(p, n + 1) for n, p in enumerate(p for batch in images for p in batch)]
+    covers = [_cover(m, n + 1) for n, m in enumerate(m for b in masks for m in (b if b.ndim > 2 else b[None]))]
     if not pictures:
         raise ValueError("There are no pictures to learn from; connect at least one image.")
     if covers and len(covers) != len(pictures):

@@ -101,3 +101,35 @@ def test_a_vae_that_overflows_is_named(toy, monkeypatch):
     monkeypatch.setattr(toy[2], "encode", lambda pixels: broken)
     with pytest.raises(ValueError, match="not finite for picture 1.*--fp32-vae"):
         build(toy, [picture()])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pictures_and_masks_that_are_not_finite_are_named(toy, bad):
+    images, masks = picture(n=2), torch.ones(2, 128, 128)
+    images[1, 5, 5, 1] = bad
+    with pytest.raises(ValueError, match="^Picture 2 holds numbers that are not finite"):
+        build(toy, [images])
+    masks[1, 5, 5] = bad
+    with pytest.raises(ValueError, match="^Mask 2 holds numbers that are not finite"):
+        build(toy, [picture(n=2)], [masks])
+
+
+def test_grey_pictures_are_learned_as_coloured_ones(toy):
+    grey, mask = picture()[..., :1], torch.zeros(1, 128, 128)
+    mask[:, :64] = 1
+    made, wanted = (build(toy, [p], [mask]) for p in (grey, grey.expand(-1, -1, -1, 3)))
+    assert torch.equal(made.latents[0], wanted.latents[0]) and torch.equal(made.masks[0], wanted.masks[0])
+    assert made.masks[0][0, :8].min() == 1 and made.masks[0][0, 8:].max() == 0
+    with pytest.raises(ValueError, match="Picture 1 has 2 channels"):
+        build(toy, [picture()[..., :2]])
+
+
+def test_masks_have_one_channel_and_lie_between_0_and_1(toy):
+    mask = 3 * torch.rand(2, 128, 128, generator=torch.Generator().manual_seed(0)) - 1
+    made = build(toy, [picture(n=2)], [mask[:, None]])
+    wanted = build(toy, [picture(n=2)], [mask.clamp(0, 1)])
+    assert all(torch.equal(a, b) for a, b in zip(made.masks, wanted.masks, strict=True))
+    with pytest.raises(ValueError, match=r"Mask 1 has shape \(3, 128, 128\).*convert it"):
+        build(toy, [picture()], [torch.ones(1, 3, 128, 128)])
+    with pytest.raises(ValueError, match="mask of picture 1 is empty"):
+        build(toy, [picture()], [torch.full((1, 128, 128), -1.0)])
