@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .progress import Progress
 from .text import NAMED
 
 OBJECT = (
@@ -125,7 +126,7 @@ def make_set(
     [n, 1, h, w], cut to 0..1, none or one per picture.
     ``resolution``: side of the square with the wanted area, 0 keeps sizes; sides are cropped to what the VAE takes.
     Raises: ValueError when pictures, masks and captions do not match or are not finite, a mask is empty, or the VAE
-    gives nan.
+    gives nan; the host's interrupt.
     """
     pictures = [_coloured(p, n + 1) for n, p in enumerate(p for batch in images for p in batch)]
     covers = [_cover(m, n + 1) for n, m in enumerate(m for b in masks for m in (b if b.ndim > 2 else b[None]))]
@@ -138,6 +139,7 @@ def make_set(
     captions = _captions(texts, len(pictures), template)
     multiple = int(vae.spacial_compression_encode())
     latents, weights, words, flips = [], [], [], []
+    progress = Progress(len(pictures))
     for number, picture in enumerate(pictures):
         cover = covers[number] if covers else None
         if cover is not None and cover.shape != picture.shape[1:]:
@@ -163,6 +165,7 @@ def make_set(
             )
             words.append(captions[number])
             flips.append(flip)
+        progress.show(number + 1)
     with torch.inference_mode(False):
         return ConceptSet(
             tuple(t.clone() for t in latents),

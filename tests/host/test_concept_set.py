@@ -133,3 +133,22 @@ def test_masks_have_one_channel_and_lie_between_0_and_1(toy):
         build(toy, [picture()], [torch.ones(1, 3, 128, 128)])
     with pytest.raises(ValueError, match="mask of picture 1 is empty"):
         build(toy, [picture()], [torch.full((1, 128, 128), -1.0)])
+
+
+def test_encoding_shows_how_far_it_is_and_can_be_stopped(toy, monkeypatch):
+    import comfy.model_management as management
+
+    from concepts.host import concept_set
+
+    shown, show = [], concept_set.Progress.show
+
+    def pressed(self, done):
+        shown.append((done, self.total))
+        if done == 2:
+            management.interrupt_current_processing()
+        show(self, done)
+
+    monkeypatch.setattr(concept_set.Progress, "show", pressed)
+    with pytest.raises(management.InterruptProcessingException):
+        build(toy, [picture(n=4)], mirror=True)
+    assert shown == [(1, 4), (2, 4)]
