@@ -19,7 +19,6 @@ from .loading import advised, memory_of, planned
 from .progress import Progress, say
 from .session import Session, fingerprint
 
-
 COPIED = 1 << 22
 """Bytes of learned tensors and moments that may be copied per step, which is about one percent of its time."""
 
@@ -40,7 +39,8 @@ class Learned:
     """Why it is not on disk; empty when it is."""
     seconds: float
     terms: dict[str, list[float]] = field(default_factory=dict)
-    """Parts of the loss per step, weighted as they were added; empty when there is one."""
+    """Parts of the loss per step, weighted as they were added; nan at steps of earlier runs that had not this part.
+    Empty when there is one."""
 
 
 def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, checkpointing: str = "auto") -> Learned:
@@ -94,7 +94,7 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
                     previews.append(session.preview())
                 if saved:
                     kept.put(session.concept(last, losses))
-                say(f"{session.line(done)}; loss {step.loss:.4f}")
+                say(session.line(done, step.loss))
                 progress.show(done, *((previews[-1], session.seen()) if shown else ()))
             after = session.fixed_loss()
             if not math.isfinite(after):
@@ -124,7 +124,8 @@ def learn(session: Session, *, preview_every: int = 25, save_every: int = 50, ch
             )
         trouble = kept.put(concept)
         shown = session.denoiser.model.process_latent_out(torch.cat(previews)).cpu()
-    return Learned(concept, losses, before, after, shown, kept.file, trouble, time.monotonic() - began, session.terms)
+    seconds, terms = time.monotonic() - began, session.own_terms()
+    return Learned(concept, losses, before, after, shown, kept.file, trouble, seconds, terms)
 
 
 def _at_fault(session: Session) -> str:

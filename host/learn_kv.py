@@ -139,13 +139,6 @@ class KVSession(Session):
         texts = self.texts(pictures, captions)
         return self.held.losses(self, s.attention_weight, texts, parameters, pictures, captions, when, draw)
 
-    def line(self, done: int) -> str:
-        """Also lambda L_attn / L_diff."""
-        if not self.terms:
-            return super().line(done)
-        ratio = self.terms["attention"][-1] / max(self.terms["diffusion"][-1], 1e-12)
-        return f"{super().line(done)}, attention / diffusion {ratio:.3g}"
-
     def watched(self):
         return self.prompts.tokens[self.index[self.data.captions[0][0]]]
 

@@ -1,5 +1,7 @@
 """Small pictures that nodes show: batches of PIL images, loss curves, bars; numbers and labels, no plotting library."""
 
+from itertools import groupby
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -11,26 +13,32 @@ def batch(images: list[Image.Image]) -> torch.Tensor:
 
 
 def loss_curve(losses: list[float], title: str, width: int = 640, height: int = 360) -> torch.Tensor:
-    """Losses and their running mean over 5% of the run -> IMAGE [1, height, width, 3]."""
+    """Losses and their running mean over 5% of the run -> IMAGE [1, height, width, 3]; nan leaves a gap."""
     image = Image.new("RGB", (width, height), (250, 250, 250))
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = 56, 28, width - 14, height - 30
-    low, high = min(losses), max(losses)
+    known = np.isfinite(losses)
+    low, high = np.min(losses, where=known, initial=np.inf), np.max(losses, where=known, initial=-np.inf)
     span = (high - low) or 1.0
     window = max(1, len(losses) // 20)
-    sums = np.convolve(losses, np.ones(window), "full")[: len(losses)]
-    mean = sums / np.minimum(np.arange(1, len(losses) + 1), window)
+    sums, counts = (
+        np.convolve(v, np.ones(window), "full")[: len(losses)] for v in (np.where(known, losses, 0.0), known)
+    )
+    mean = sums / np.maximum(counts, 1)
 
-    def points(values):
-        return [
+    def line(values, fill, width):
+        points = [
             (left + (right - left) * i / max(1, len(values) - 1), bottom - (bottom - top) * (v - low) / span)
             for i, v in enumerate(values)
         ]
+        for seen, run in groupby(range(len(points)), known.__getitem__):
+            run = [points[i] for i in run]
+            if seen and len(run) > 1:
+                draw.line(run, fill=fill, width=width)
 
     draw.rectangle([left, top, right, bottom], outline=(200, 200, 200))
-    if len(losses) > 1:
-        draw.line(points(losses), fill=(170, 200, 230), width=1)
-        draw.line(points(list(mean)), fill=(20, 80, 160), width=2)
+    line(np.where(known, losses, low), (170, 200, 230), 1)
+    line(mean, (20, 80, 160), 2)
     draw.text((left, 8), title, fill=(30, 30, 30))
     draw.text((6, top), f"{high:.3g}", fill=(90, 90, 90))
     draw.text((6, bottom - 10), f"{low:.3g}", fill=(90, 90, 90))

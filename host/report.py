@@ -1,5 +1,7 @@
 """Sentences for people: what was learned, what is inside a concept."""
 
+import math
+
 import torch
 
 from ..carriers.concept import Concept
@@ -21,8 +23,10 @@ def learned_text(done: Learned) -> str:
     base = done.terms.get("diffusion", [])
     for name, curve in done.terms.items():
         if name != "diffusion" and base:
-            last = max(1, len(curve) // 10)
-            part, whole = (sum(values[-last:]) / last for values in (curve, base))
+            pairs = list(zip(curve, base, strict=True))[-max(1, len(curve) // 10) :]
+            pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
+            last = len(pairs)
+            part, whole = (sum(values) / last for values in zip(*pairs, strict=True))
             lines.append(
                 f"{name} loss, weighted: {part:.3e} over the last {last} steps, {part / max(whole, 1e-12):.3g} of the "
                 "diffusion loss"

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -19,6 +20,9 @@ from .overlays import background, mask_of, overlay
 from .positions import learned_columns
 from .show import tap_of
 from .text import encoders
+
+LINE = 60
+"""Characters of a line that a node has room for."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +98,25 @@ class Session:
         """Tokens of the first picture's caption, as ``captions.Prompts`` has them; None when no rows are learned."""
         return None
 
-    def line(self, done: int) -> str:
-        """What the node says after ``done`` of its steps."""
-        parts = ", ".join(f"{name} {curve[-1]:.2e}" for name, curve in self.terms.items())
-        return f"step {done} of {self.settings.steps}" + (f": {parts}" if parts else "")
-
     def attached(self) -> contextlib.AbstractContextManager:
         """Whatever must be on the model while it learns."""
         return contextlib.nullcontext()
 
     # --- the same for all
+
+    def line(self, done: int, loss: float) -> str:
+        """What the node says after ``done`` of its steps: also other terms as parts of the diffusion loss, as far as
+        there is room."""
+        text, terms = f"step {done} of {self.settings.steps}; loss {loss:.4f}", self.own_terms()
+        for name in [k for k in terms if k != "diffusion"]:
+            part = terms[name][-1] / max(terms["diffusion"][-1], 1e-12)
+            more = f", {name} / diffusion {part:{'.2f' if 0.01 <= part < 100 else '.0e'}}"
+            text += more if len(text + more) <= LINE else ""
+        return text
+
+    def own_terms(self) -> dict[str, list[float]]:
+        """Those of ``terms`` that this run added to; an earlier one may have had others."""
+        return {k: v for k, v in self.terms.items() if len(v) > len(self.past)}
 
     def begin(self) -> None:
         """Model, pictures, start values or those of the earlier run; call inside ``training``."""
@@ -162,6 +175,7 @@ class Session:
             for name, value in found.items():
                 curve = self.terms.setdefault(name, [])
                 del curve[step + bool(micro) :]
+                curve += [math.nan] * (step - len(curve))  # of steps without this term
                 curve += [0.0] * (step + 1 - len(curve))
                 curve[step] += float(value.detach()) / s.accumulate
         return sum(found.values())

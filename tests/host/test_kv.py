@@ -202,3 +202,41 @@ def test_a_learned_concept_shows_where_it_looks(toy, mug_set):
     assert [label for label, _ in looks] == ["stage 1 of 2", "stage 2 of 2"] and clean.shape == (1, 12, 16, 16)
     for _, maps in looks:
         assert len(maps) == 6 and all(m.shape == (k.height * k.width, 1) for k, m in maps.items())
+
+
+def test_terms_are_those_of_this_run(toy, mug_set):
+    """On, off and on again: what a run does not measure it does not show, and its steps are a gap in the curve."""
+    from concepts.host.pictures import loss_curves
+    from concepts.host.report import learned_text
+
+    def run(earlier, weight):
+        made = session(toy, mug_set, earlier, mapper="free", attention_weight=weight, steps=2)
+        with torch.inference_mode():
+            from concepts.host import learn as learning
+
+            return made, learning.learn(made, preview_every=0, save_every=0)
+
+    _, first = run(None, 0.1)
+    made, second = run(first.concept, 0.0)
+    assert not second.terms and "weighted" not in learned_text(second)
+    assert made.line(2, 0.003) == "step 2 of 2; loss 0.0030"
+    assert second.concept.state["losses.attention"].tolist() == first.terms["attention"]
+    _, third = run(second.concept, 0.1)
+    for name, curve in third.terms.items():
+        assert curve[:2] == first.terms[name] and [v == v for v in curve] == [True, True, False, False, True, True]
+    assert "nan" not in learned_text(third)
+    assert bool(torch.isfinite(loss_curves(third.terms, "mug")).all())
+
+
+def test_a_gap_in_a_curve_stays_empty():
+    """Also at its beginning, where the loss of maps was turned on later."""
+    from concepts.host.pictures import loss_curve
+
+    gap, known = [float("nan")] * 20, [1.0, 2.0] * 20
+    whole, middle, first = (
+        loss_curve(v, "")[0] for v in (known * 2 + known[:20], known + gap + known, gap * 2 + known)
+    )
+    empty = whole[50, 3]
+    assert torch.equal(whole[30:325, 60:250], middle[30:325, 60:250])
+    assert bool((middle[30:325, 310:370] == empty).all()) and bool((first[30:325, 60:330] == empty).all())
+    assert bool((whole[30:325, 310:370] != empty).any()) and bool((first[30:325, 370:620] != empty).any())

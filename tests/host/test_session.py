@@ -141,3 +141,15 @@ def test_memory_stays_flat_with_any_learner(toy, mug_set, kind):
             learning.learn(session, preview_every=0, save_every=0, checkpointing="off")
 
     assert growth(cycle, 10, 50) <= 1.03
+
+
+@pytest.mark.parametrize("names", [[], ["attention"], ["prior"], ["exclusion"], ["isolation"], ["attention", "prior"]])
+def test_a_line_has_room_on_the_node(toy, mug_set, names):
+    made = made_by("lora", toy, mug_set, steps=9999)
+    for part in (0.9, 9e-5, 123456.0):
+        made.past, made.terms = [], {"diffusion": [0.003], **{name: [0.003 * part] for name in names}}
+        said = made.line(9999, 0.003)
+        assert len(said) <= 60 and said.startswith("step 9999 of 9999; loss 0.0030")
+        assert not names or f", {names[0]} / diffusion " in said
+    made.terms |= {name: [0.003 * 0.904] for name in names}
+    assert not names or f", {names[0]} / diffusion 0.90" in made.line(3, 0.003)
