@@ -113,6 +113,19 @@ def test_precision_chosen_by_the_newer_settings(products, of, precision):
         backend.fp32_precision = kept
 
 
+def test_products_of_fp32_may_take_bf16(monkeypatch):
+    """As torch's precision ``medium`` lets them."""
+
+    def page_of(one, two, part, out):
+        return out.copy_(one.unit(part).bfloat16().float() @ two.unit(slice(None)).bfloat16().float().T)
+
+    monkeypatch.setattr(near, "_bf16_is_fast", lambda device: False)
+    monkeypatch.setattr(near, "_whole", lambda device: False)
+    monkeypatch.setattr(near, "page_of", page_of)
+    a, b = clusters()
+    same(match(a, b), whole(a, b))
+
+
 @pytest.mark.parametrize("mutual", [True, False])
 def test_near_ties_are_scored_again(products, monkeypatch, mutual):
     close, sure = spied(monkeypatch, "_near"), spied(monkeypatch, "_sure")
@@ -187,7 +200,7 @@ def test_equal_features_match_once(products):
 
 def test_vectors_without_direction_are_no_error(products):
     a, b = both(200, 200, 32)
-    a[7], b[:2] = 0, 0
+    a[7], b[:2] = 1e-13, 0
     found = as_dict(match(a, b, mutual=False))
     assert found[7, 0] == 0.0 and len(found) == 200
 
@@ -292,15 +305,35 @@ def test_what_cannot_be_matched_is_said(given, words):
 @pytest.mark.parametrize("down, right", [(0.3, -0.2), (-0.45, 0.1), (0.0, 0.0), (0.25, 0.4)])
 def test_refine_finds_the_part_of_a_cell(down, right, slant):
     h, w = 12, 17
-    b, a = (grid_of(h, w, *by, channels=1280, finest=0.3, slant=slant) for by in ((0, 0), (down, right)))
+    b, a = (grid_of(h, w, *by, channels=1280, finest=0.3, slant=slant) for by in ((0, 0), (1 + down, right - 2)))
     a = a.flatten(1).T
     cells = torch.arange(h * w).view(h, w)
-    inner = cells[1:-1, 1:-1].flatten()
-    places = refine(Pairs(inner, inner, torch.ones(len(inner))), a, b)
+    inner = cells[1:-1, 1:-2].flatten()
+    places = refine(Pairs(inner - w + 2, inner, torch.ones(len(inner))), a, b)
     error = places - torch.stack([inner // w + down, inner % w + right], 1)
     assert error.abs().max() < 0.1 and places.dtype == torch.float32
     if down or right:
         assert max(abs(down), abs(right)) > 0.1, "whole cells would pass"
+
+
+@pytest.mark.parametrize(
+    "yy, xx, xy, expected",
+    [
+        (-0.2, -0.4, 0.1, [0.022 / 0.07, 0.009 / 0.07]),
+        (-0.2, 0.4, 0.1, [0.25, 0.0]),
+        (0.2, -0.4, 0.1, [0.0, 0.05]),
+        (-0.2, -0.4, 0.3, [0.25, 0.05]),
+        (0.2, 0.4, 0.1, [0.0, 0.0]),
+    ],
+    ids=["peak", "peak in y", "peak in x", "slanted saddle", "hollow"],
+)
+def test_refine_of_nine_cosines(yy, xx, xy, expected):
+    """Where there is no peak in two dimensions, each axis is followed on its own, and only upwards."""
+    y, x = torch.meshgrid(torch.arange(-1.0, 2), torch.arange(-1.0, 2), indexing="ij")
+    f = 0.3 + 0.05 * y + 0.02 * x + yy / 2 * y**2 + xx / 2 * x**2 + xy * x * y
+    centre, b = torch.tensor([4]), torch.stack([f, (1 - f**2).sqrt()])
+    found = refine(Pairs(centre, centre, torch.ones(1)), torch.eye(2)[:1].expand(9, 2), b)
+    torch.testing.assert_close(found - 1, torch.tensor([expected]), rtol=1e-4, atol=1e-5)
 
 
 def test_refine_at_borders_and_without_a_peak():
