@@ -9,6 +9,7 @@ from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierMismatch
 from concepts.carriers.mix import mix
 from concepts.kernels import neti
+from concepts.kernels.mix import lerp, slerp
 
 NAMES = ["input.1", "input.2", "middle.0", "output.0"]
 
@@ -34,14 +35,12 @@ def test_the_ends_are_exact(mode, shape):
     assert not torch.equal(rows(made), rows(a).expand_as(rows(made)))
 
 
-@pytest.mark.parametrize("mode", ["slerp", "linear"])
-def test_an_axis_of_one_serves_for_all(mode):
+@pytest.mark.parametrize("mode, way", [("slerp", slerp), ("linear", lerp)])
+@pytest.mark.parametrize("amount", [0.0, 0.25])
+def test_an_axis_of_one_serves_for_all(mode, way, amount):
     a, b = concept(3, 1, 1), concept(1, 4, 2, seed=1)
-    made = rows(mix(a, b, "m", mode, 0.25))
-    assert made.shape == (3, 4, 2, 2, 6)
-    part = Concept("p", "tokens", {"clip_l": rows(a)[1:2]}), Concept("p", "tokens", {"clip_l": rows(b)[:, 2:3, :1]})
-    torch.testing.assert_close(made[1:2, 2:3, :1], rows(mix(*part, "m", mode, 0.25)))
-    assert torch.equal(rows(mix(a, b, "m", mode, 0.0)), rows(a).expand(3, 4, 2, 2, 6))
+    whole = (rows(c).expand(3, 4, 2, 2, 6) for c in (a, b))
+    assert torch.equal(rows(mix(a, b, "m", mode, amount)), way(*whole, amount))
 
 
 @pytest.mark.parametrize("a_layers, b_layers, given", [(4, 4, ()), (4, 1, ()), (1, 4, NAMES), (1, 1, NAMES)])
@@ -54,7 +53,9 @@ def test_layers(a_layers, b_layers, given):
     assert torch.equal(rows(mix(a, b, "m", "layers", 0.0, 1, 3, given)), x)
 
 
-@pytest.mark.parametrize("amount, of_a, of_b", [(0.05, 19, 1), (0.3, 7, 3), (0.5, 1, 1), (0.25, 3, 1), (1.0, 0, 1)])
+@pytest.mark.parametrize(
+    "amount, of_a, of_b", [(0.03, 19, 1), (0.05, 19, 1), (0.3, 7, 3), (0.5, 1, 1), (0.25, 3, 1), (1.0, 0, 1)]
+)
 def test_stages_of_plain_concepts(amount, of_a, of_b):
     a, b = concept(), concept(seed=1)
     made = rows(mix(a, b, "m", "stages", amount))
@@ -63,7 +64,7 @@ def test_stages_of_plain_concepts(amount, of_a, of_b):
 
 def test_stages_of_concepts_with_stages():
     a, b = concept(5), concept(1, seed=1)
-    made = rows(mix(a, b, "m", "stages", 0.4))
+    made = rows(mix(a, b, "m", "stages", 0.35))
     assert torch.equal(made[:3], rows(a)[:3]) and torch.equal(made[3:], rows(b).expand(2, 1, 1, 2, 6))
 
 
@@ -89,10 +90,18 @@ def test_layers_need_names_and_a_range():
         mix(a, b, "m", "layers")
     with pytest.raises(ValueError, match="at most 4"):
         mix(a, b, "m", "layers", layers=NAMES)
+    with pytest.raises(ValueError, match="from_layer below to_layer"):
+        mix(a, b, "m", "layers", 1.0, 2, 2, NAMES)
     with pytest.raises(CarrierMismatch, match="not the same ones"):
         mix(concept(1, 4), b, "m", "layers", 1.0, 1, 2, NAMES[::-1])
     with pytest.raises(ValueError, match="0 to 1"):
         mix(a, b, "m", amount=1.5)
+    with pytest.raises(ValueError, match="'cubic'.*use one of"):
+        mix(a, b, "m", "cubic")
+
+
+def test_the_models_layers_count_only_where_layers_are_mixed():
+    assert mix(concept(1, 4), concept(seed=1), "m", layers=NAMES[::-1]).info["layers"] == NAMES
 
 
 def test_mappers_are_refused():

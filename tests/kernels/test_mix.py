@@ -21,6 +21,7 @@ def test_the_ends_are_exact(mix):
 
 def test_slerp_against_the_formula():
     a, b = rows(4, 6).double(), rows(4, 6, seed=1).double()
+    b[0] = a[0] + 0.05 * b[0]
     for amount in (0.1, 0.5, 0.8):
         mixed = slerp(a, b, amount)
         for x, y, z in zip(a, b, mixed, strict=True):
@@ -35,13 +36,14 @@ def test_equal_parallel_and_zero_rows():
     torch.testing.assert_close(slerp(a, a, 0.3), a)
     torch.testing.assert_close(slerp(a, 3 * a, 0.5), 2 * a)
     torch.testing.assert_close(slerp(a, torch.zeros_like(a), 0.25), 0.75 * a)
+    torch.testing.assert_close(slerp(torch.zeros_like(a), a, 0.25), 0.25 * a)
     near = a + 1e-5 * rows(2, 5, seed=3)
     torch.testing.assert_close(slerp(a, near, 0.5), (a + near) / 2)
 
 
 @pytest.mark.parametrize("off", [0.0, 1e-6, 1e-2])
 def test_opposite_rows_keep_their_length(off):
-    a = torch.nn.functional.normalize(rows(3, 5), dim=-1)
+    a = torch.nn.functional.normalize(torch.cat([rows(2, 5), torch.eye(5)[:1]]), dim=-1)
     b = torch.nn.functional.normalize(-a + off * rows(3, 5, seed=2), dim=-1)
     middle = slerp(a, b, 0.5)
     torch.testing.assert_close(middle.norm(dim=-1), torch.ones(3))
@@ -50,10 +52,9 @@ def test_opposite_rows_keep_their_length(off):
 
 def test_inner_layers_stay():
     a, b = rows(1, 6, 1, 2, 4), rows(1, 6, 1, 2, 4, seed=1)
-    mixed = outer_layers(a, b, 1.0, 2, 4)
-    assert torch.equal(mixed[:, 2:4], a[:, 2:4])
-    assert torch.equal(mixed[:, :2], b[:, :2]) and torch.equal(mixed[:, 4:], b[:, 4:])
-    assert torch.equal(outer_layers(a, b, 0.0, 2, 4), a)
+    for amount in (0.0, 0.5, 1.0):
+        mixed, way = outer_layers(a, b, amount, 2, 4), slerp(a, b, amount)
+        assert torch.equal(mixed, torch.cat([way[:, :2], a[:, 2:4], way[:, 4:]], 1))
 
 
 def test_stages():
