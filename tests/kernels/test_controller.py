@@ -64,6 +64,7 @@ def test_it_starts_at_zero_and_the_seed_decides():
     assert not directions(first, torch.randn(7, 5)).any()
     assert all(torch.equal(v, again[k]) for k, v in first.items())
     assert any(not torch.equal(v, other[k]) for k, v in first.items())
+    assert bool(((first["block.gate"] - 1).abs() < 0.5).all())
 
 
 def test_without_biases_nothing_gives_nothing():
@@ -74,6 +75,7 @@ def test_without_biases_nothing_gives_nothing():
 def test_inputs_have_one_scale():
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(dense(x * torch.tensor([[1e-3], [1.0], [1e3]])), dense(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dense(x).square().mean(-1), torch.ones(3))
     assert torch.isfinite(dense(torch.zeros(1, 8))).all()
 
 
@@ -83,23 +85,27 @@ def coder(norm="none", threshold=False, m=24, d=7, k=5) -> Coder:
     parts |= {"encoder_bias": torch.randn(m, generator=g) / 4, "decoder_bias": torch.randn(d, generator=g) / 4}
     parts |= {"mean": torch.randn(d, generator=g), "scale": 0.5 + torch.rand(d, generator=g)}
     if threshold:
-        parts["threshold"] = torch.rand(m, generator=g)
+        parts["threshold"] = torch.randn(m, generator=g)
     return Coder({key: v.double() for key, v in parts.items()}, k, norm)
 
 
 @pytest.mark.parametrize("norm", ["none", "layer", "length"])
 def test_activations_of_some_latents_equal_the_dictionarys(norm):
-    """With a threshold exactly, but for the one factor that brings them near 1."""
-    own, x = (
-        coder(norm, threshold=True),
-        torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4)),
-    )
+    """With a threshold exactly, but for the one factor that brings all that are active near 1."""
+    own = coder(norm, threshold=True)
+    x = torch.randn(90, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     latents, kept = torch.tensor([3, 8, 20, 23]), torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     found = coded(reading_of(own, latents, x), x, kept, norm)
-    expected = whole(*own.encode(x), 24)[:, latents] * kept
-    factor = found.sum() / expected.sum()
-    assert bool((expected > 0).any()) and bool((found[:, 2] == 0).all())
-    torch.testing.assert_close(found, factor * expected)
+    every = whole(*own.encode(x), 24)
+    torch.testing.assert_close(found, every[:, latents] * kept / every[every > 0].square().mean().sqrt())
+    assert bool((found[:, [0, 1, 3]] > 0).any(0).all())
+
+
+def test_a_dictionary_that_is_silent_is_read_as_it_is():
+    own, x = coder(threshold=True), torch.ones(2, 7, dtype=torch.float64)
+    own.parts["threshold"] += 1e3
+    found = reading_of(own, torch.arange(24), x)
+    assert torch.equal(found["weight"], own.parts["encoder"] * own.parts["scale"])
 
 
 def test_the_k_largest_become_a_threshold():
