@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from concepts.kernels.draws import LAWS, generator, split_times, times
+from concepts.kernels.draws import LAWS, generator, linear_start, split_times, times
 from concepts.kernels.losses import exclusion, masked_mse, pair_distance, residual
 
 
@@ -12,9 +12,9 @@ def test_draws_depend_on_every_part_and_leave_the_global_generator_alone():
     state = torch.get_rng_state()
     values = {
         key: float(torch.rand(1, generator=generator(*key)))
-        for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]
+        for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b"), (1, 11, "a"), (11, 1, "a")]
     }
-    assert len(set(values.values())) == 4
+    assert len(set(values.values())) == 6
     assert float(torch.rand(1, generator=generator(0, 0, "a"))) == values[0, 0, "a"]
     assert torch.equal(state, torch.get_rng_state())
 
@@ -37,9 +37,15 @@ def test_split_times_fall_on_either_side_by_their_share(share):
     )
 
 
-def test_an_empty_range_is_refused():
+@pytest.mark.parametrize("low, high", [(0.5, 0.5), (-0.1, 0.5), (0.5, 1.1)])
+def test_an_empty_range_is_refused(low, high):
     with pytest.raises(ValueError, match="empty"):
-        times(1, "uniform", 0.5, 0.5, torch.Generator())
+        times(1, "uniform", low, high, torch.Generator())
+
+
+def test_layers_start_between_plus_and_minus_one_over_the_root_of_their_inputs():
+    drawn = linear_start((400, 50), 25, torch.Generator().manual_seed(0))
+    assert [float(f) for f in (drawn.min(), drawn.mean(), drawn.max())] == pytest.approx([-0.2, 0, 0.2], abs=2e-3)
 
 
 @pytest.mark.parametrize("space", ["eps", "v", "edm", "flow", "x0"])
@@ -52,8 +58,8 @@ def test_residual_equals_the_network_error(space):
     if space in ("eps", "flow"):
         denoised, error = x - s * guess, guess - (n if space == "eps" else n - x0)
     elif space == "v":
-        a = (s**2 + 1) ** 0.5
-        denoised, error, sd = x / a**2 - guess * s / a, guess - (n / a - x0 * s / a), 1.0
+        a = (s**2 + sd**2) ** 0.5
+        denoised, error = x * sd**2 / a**2 - guess * s * sd / a, guess - (n * sd - x0 * s / sd) / a
     elif space == "edm":
         a = (s**2 + sd**2) ** 0.5
         denoised = x * sd**2 / a**2 + guess * s * sd / a
@@ -73,23 +79,25 @@ def test_masked_mean_counts_only_the_mask():
     assert torch.autograd.gradcheck(lambda e: masked_mse(e, mask), (error,))
 
 
-@pytest.mark.parametrize("space", ["eps", "v", "flow"])
+@pytest.mark.parametrize("space", ["eps", "v", "edm", "flow"])
 def test_exclusion_is_the_difference_of_two_predictions(space):
     """Written out with the networks' own outputs; gradients reach the first alone."""
     g = torch.Generator().manual_seed(0)
     x, first, second = (torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
-    sigma = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    sigma, sd = torch.tensor([0.3, 0.9], dtype=torch.float64), 0.5
     s = sigma.view(-1, 1, 1, 1)
+    a = (s**2 + sd**2) ** 0.5
 
     def denoised(output):
-        return x / (1 + s**2) - output * s / (1 + s**2) ** 0.5 if space == "v" else x - s * output
+        step = s * sd / a * (-1 if space == "edm" else 1) if space in ("v", "edm") else s
+        return x - step * output
 
     naive = torch.stack([(first[i] - second[i]).square().mean() for i in range(2)])
-    torch.testing.assert_close(exclusion(space, sigma, denoised(first), denoised(second)), naive)
+    torch.testing.assert_close(exclusion(space, sigma, denoised(first), denoised(second), sd), naive)
     a, b = denoised(first).requires_grad_(), denoised(second).requires_grad_()
-    exclusion(space, sigma, a, b).sum().backward()
+    exclusion(space, sigma, a, b, sd).sum().backward()
     assert b.grad is None
-    assert torch.autograd.gradcheck(lambda e: exclusion(space, sigma, e, b), (a,))
+    assert torch.autograd.gradcheck(lambda e: exclusion(space, sigma, e, b, sd), (a,))
 
 
 def test_distance_of_pairs_is_written_out_and_has_its_gradient():

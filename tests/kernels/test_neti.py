@@ -27,6 +27,9 @@ def test_shapes_are_the_papers():
     deviation = made["frequencies"].std(0)
     torch.testing.assert_close(deviation, torch.tensor([0.03, 2.0]), rtol=0.1, atol=0)
     assert all(v.dtype == torch.float32 for v in made.values())
+    for name, inputs in {"hidden1": 160, "hidden2": 128, "output": 128}.items():
+        for part in ("weight", "bias"):
+            assert 0.97 < float(made[f"{name}.{part}"].abs().max()) * inputs**0.5 <= 1
 
 
 def test_the_seed_decides():
