@@ -78,9 +78,10 @@ def test_what_else_a_kernel_gives_travels_to_its_backward(monkeypatch):
     assert seen[0] is None and seen[2:4] == [11, None] and [float(seen[1]), float(seen[4])] == [1, 0]
 
 
-def test_fp16_is_left_to_others():
-    """O' may leave its range."""
-    assert not flash.usable(*(x.detach().half() for x in given(11, 8)))
+def test_fp16_and_narrower_values_are_left_to_others():
+    """O' may leave the range of fp16."""
+    q, k, v = given(11, 8)
+    assert not flash.usable(q.half(), k.half(), v.half()) and not flash.usable(q, k, v[..., :4])
 
 
 @pytest.mark.gpu

@@ -93,9 +93,26 @@ def test_codes_begin_with_the_largest():
 def test_batch_top_counts_over_all_tokens():
     x, encoder, *_ = made()
     x[: N // 2] *= 0.01  # tokens that have little to say
-    values, _ = batch_top(x, encoder, torch.zeros(M, dtype=torch.float64), K)
+    x[-1] *= 100
+    values, indices = batch_top(x, encoder, torch.zeros(M, dtype=torch.float64), K)
     counts = (values > 0).sum(1)
-    assert int(counts.sum()) == K * N and int(counts[: N // 2].max()) < K and int(counts.max()) > 2 * K
+    assert int(counts.sum()) == K * N and int(counts[: N // 2].max()) < K and int(counts.max()) > 4 * K
+    torch.testing.assert_close(dense(values, indices, M), naive_batch_top(x @ encoder.T, K))
+
+
+def test_batch_top_gives_no_more_than_what_is_above_zero():
+    x, encoder, *_ = made()
+    bias = torch.full((M,), -6.0, dtype=torch.float64)
+    values, indices = batch_top(x, encoder, bias, K)
+    expected = (x @ encoder.T + bias).relu()
+    assert 0 < int((expected > 0).sum()) < K * N
+    torch.testing.assert_close(dense(values, indices, M), expected)
+
+
+def test_above_means_above_the_threshold_and_above_zero():
+    x, threshold = torch.tensor([[1.0, -0.5], [2.0, 3.0], [-2.0, 0.5]]), torch.tensor([-1.0, -1.0])
+    assert dense(*above(x, torch.eye(2), torch.zeros(2), threshold), 2).tolist() == [[1, 0], [2, 3], [0, 0.5]]
+    assert dense(*above(x, torch.eye(2), torch.zeros(2), -threshold), 2).tolist() == [[0, 0], [2, 3], [0, 0]]
 
 
 @pytest.mark.parametrize("m", [4096, 1000])
@@ -138,6 +155,7 @@ def test_unexplained_variance():
     torch.testing.assert_close(fvu(x, x.mean(0).expand_as(x)), torch.ones((), dtype=torch.float64))
     half = fvu(x, (x + x.mean(0)) / 2)
     torch.testing.assert_close(half, torch.full((), 0.25, dtype=torch.float64))
+    assert float(fvu(torch.ones(3, 2), torch.ones(3, 2))) == 0
 
 
 @pytest.mark.parametrize("k", [3, 500])

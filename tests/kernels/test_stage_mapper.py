@@ -2,6 +2,7 @@
 
 import torch
 
+from concepts.kernels import stage_mapper
 from concepts.kernels.stage_mapper import heads_of, stage_rows, start
 
 
@@ -46,4 +47,10 @@ def test_all_weights_get_a_gradient():
 
 
 def test_heads_are_at_most_64_wide():
-    assert [heads_of(w) for w in (32, 64, 768, 1024, 1280, 4096)] == [1, 1, 12, 16, 20, 64]
+    assert [heads_of(w) for w in (32, 64, 65, 768, 1024, 1280, 4096)] == [1, 1, 5, 12, 16, 20, 64]
+
+
+def test_wide_encoders_get_a_narrower_feed_forward(monkeypatch):
+    for wide, inner in ((128, 512), (127, 128)):
+        monkeypatch.setattr(stage_mapper, "WIDE", wide)
+        assert made()[0]["feed.out.weight"].shape == (5 * 2 * 128, inner)
