@@ -167,12 +167,36 @@ def test_concepts_and_dictionaries_are_not_taken_for_each_other(tmp_path):
 
 def codes(usage=None) -> Codes:
     """mug fires latents 0, 1 and 5; hat 1, 2 and 5; 3 fires in one of two places of mug."""
-    mug = torch.tensor([[4.0, 2, 0, 3, 0, 1], [4.0, 2, 0, 0, 0, 1]])
+    mug = torch.tensor([[5.0, 2, 0, 3, 0, 1], [3.0, 2, 0, 0, 0, 1]])
     hat = torch.tensor([[0.0, 3, 5, 0, 0, 1]])
     dictionary = made(**({} if usage is None else {"usage": usage}))
     return Codes(
         dictionary, ("a mug", "a mug and a hat"), {"mug": mug, "hat": hat}, {"mug": mug[:, :4], "hat": hat[:, :4]}
     )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"words": {}, "tokens": {}}, "There is no word"),
+        ({"tokens": {}}, "There is no word"),
+        ({"words": {"mug": torch.ones(2, M - 1)}}, r"\(2, 5\), not \(occurrences, 6\)"),
+        ({"words": {"mug": torch.ones(0, M)}}, r"\(0, 6\), not"),
+        ({"words": {"mug": torch.ones(M)}}, r"\(6,\), not"),
+    ],
+)
+def test_words_that_were_not_encoded_are_refused(change, message):
+    given = {"words": {"mug": torch.ones(2, M)}, "tokens": {"mug": torch.ones(2, D)}} | change
+    with pytest.raises(CarrierError, match=message):
+        Codes(made(), ("a mug",), **given)
+
+
+def test_codes_are_their_own_and_name_the_strongest():
+    given = torch.tensor([[5.0, 2, 0, 3, 0, 1], [3.0, 2, 0, 0, 0, 1]])
+    one = Codes(made(), ("a mug",), {"mug": given}, {"mug": given[:, :D]})
+    given.zero_()
+    assert one.strongest("mug", 9) == [(0, 4.0), (1, 2.0), (3, 1.5), (5, 1.0)]
+    assert one.strongest("mug", 1) == [(0, 4.0)]
 
 
 def test_contrast_is_share_less_share_elsewhere():
@@ -181,6 +205,7 @@ def test_contrast_is_share_less_share_elsewhere():
     torch.testing.assert_close(scores["mug"], mug - hat)
     usage = torch.tensor([8.0, 0, 0, 0, 0, 0])
     torch.testing.assert_close(contrast(codes(usage))["mug"], mug - (hat + usage / 8) / 2)
+    assert torch.equal(contrast(codes(torch.zeros(6)))["mug"], mug - hat / 2), "a latent that never fired has no share"
 
 
 def test_pruning_keeps_the_best_that_are_active_often_enough():
@@ -189,11 +214,13 @@ def test_pruning_keeps_the_best_that_are_active_often_enough():
     assert kept.mean("mug").tolist() == [4, 0, 0, 0, 0, 0]
     assert 3 in prune(codes(), contrast(codes()), 6, 0.5).kept["mug"][0]
     assert 3 not in prune(codes(), contrast(codes()), 6, 0.6).kept["mug"][0]
+    ones = {"mug": torch.ones(6), "hat": torch.ones(6)}
+    assert set(prune(codes(), ones, 6, 0.0).kept["mug"][0].tolist()) == {0, 1, 3, 5}, "active at least once"
 
 
 def test_exclusive_latents_stay_with_the_higher_score():
     scores = {"mug": torch.tensor([0.5, 0.2, 0, 0, 0, 0.1]), "hat": torch.tensor([0, 0.3, 0.4, 0, 0, 0.05])}
-    both = prune(codes(), scores, 6)
+    both = prune(codes(), scores, 9)
     assert {1, 5} <= set(both.kept["mug"][0].tolist()) & set(both.kept["hat"][0].tolist())
     apart = prune(codes(), scores, 6, exclusive=True)
     assert sorted(apart.kept["mug"][0].tolist()) == [0, 5] and sorted(apart.kept["hat"][0].tolist()) == [1, 2]

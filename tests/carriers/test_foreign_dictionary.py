@@ -144,6 +144,7 @@ CASES = {
         layer_norm,
     ),
     "MSAE": ("msae.pt", MSAE, {"k": K}, msae),
+    "MSAE, its own k": ("msae.pt", {**MSAE, "k": K}, {}, msae),
 }
 
 
@@ -214,6 +215,7 @@ def test_k_can_be_given_where_the_file_has_none(tmp_path):
             ("a.safetensors", SPARSIFY, {"k": K, name: True}, f"{name} is True")
             for name in ("signed", "embed_skip", "gram_lookup")
         ),
+        ("a.pt", {**OPENAI, "activation": "Identity"}, {"k": K}, "activation is 'Identity'"),
         ("a.safetensors", {**SPARSIFY, "W_dec": W_D[:5]}, {"k": K}, "has shape"),
         ("a.pt", {**OPENAI, "encoder.weight": B_E}, {"k": K}, "do not fit|not whole"),
     ],
