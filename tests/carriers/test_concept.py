@@ -6,7 +6,7 @@ import torch
 from concepts.carriers.concept import Concept
 from concepts.carriers.delta import bundled
 from concepts.carriers.errors import CarrierError
-from concepts.carriers.modulation import words
+from concepts.carriers.modulation import row_width, words
 from concepts.kernels import controller, neti
 
 
@@ -50,9 +50,12 @@ def lora() -> dict[str, torch.Tensor]:
         (lora() | {"clip_l": torch.zeros(1, 1, 1, 1, 8)}, "not known"),
         (lora() | {"lora_unet_a.lora_up.weight": torch.zeros(5, 3)}, "expected"),
         (lora() | {"lora_unet_a.lora_up.weight": torch.zeros(0, 2)}, "expected"),
+        (lora() | {"lora_unet_a.alpha": torch.ones(1)}, "expected"),
+        ({k.replace("unet", "te"): v for k, v in lora().items()}, "lora_te_a .* expected"),
         (lora() | {"lora_unet_a.lora_up.weight": torch.full((5, 2), float("nan"))}, "not finite"),
         (lora() | {"lora_unet_a.alpha": torch.tensor(float("inf"))}, "not finite"),
         (lora() | {"bundle_emb.mug.clip_l": torch.zeros(2, 8)}, "rows of a text encoder"),
+        (lora() | {"bundle_emb.mug.clip_l": torch.zeros(1, 1, 1, 0, 8)}, "rows of a text encoder"),
         (lora() | {"bundle_emb.a mug.clip_l": torch.zeros(1, 1, 1, 1, 8)}, "rows of a text encoder"),
     ],
 )
@@ -62,12 +65,14 @@ def test_what_is_not_a_delta_is_refused(tensors, message):
 
 
 def test_a_delta_sums_up_its_layers_and_rows():
-    made = Concept("mug", "delta", lora())
-    text = made.summary()
-    assert all(part in text for part in ("<mug>: delta", "1 layers", "rank 2, scale 1", "bundled rows of <mug>"))
-    a = made.tensors
-    change = (a["lora_unet_a.lora_up.weight"] @ a["lora_unet_a.lora_down.weight"]).norm()
-    assert f"{float(change):.4f}" in text
+    tensors = lora()
+    change = (tensors["lora_unet_a.lora_up.weight"] @ tensors["lora_unet_a.lora_down.weight"]).norm()
+    for part, value in (("lora_down.weight", torch.ones(1, 4)), ("lora_up.weight", torch.ones(9, 1)), ("alpha", 3.0)):
+        tensors[f"lora_unet_b.{part}"] = torch.as_tensor(value)
+    text = Concept("mug", "delta", tensors).summary()
+    said = ("2 layers from lora_unet_a to lora_unet_b", "rank 1 to 2, scale 1 to 3", "bundled rows of <mug>")
+    assert text.startswith("<mug>: delta") and all(part in text for part in said)
+    assert f"mean norm of a layer's change {(float(change) + 18) / 2:.4f}" in text
 
 
 def test_bundled_rows_are_found_after_renaming():
@@ -93,6 +98,9 @@ def test_names(name):
         ({"tensors": {"clip_l": torch.zeros(1, 1, 1, 0, 8)}}, "shape"),
         ({"tensors": {"a.b": torch.zeros(1, 1, 1, 1, 8)}}, "text encoder"),
         ({"tensors": {"clip_l": torch.full((1, 1, 1, 1, 8), float("nan"))}}, "not finite"),
+        ({"tensors": {"clip_l": torch.full((1, 1, 1, 1, 8), float("inf"))}}, "not finite"),
+        ({"tensors": {"clip_l": torch.zeros(1, 1, 3, 1, 8)}}, "1 layers and 3 roles"),
+        ({"tensors": {"clip_l": torch.zeros(1, 2, 1, 1, 8)}, "info": {"layers": ["input.1"]}}, "names 1 layers"),
         ({"info": {"x": float("inf")}}, "JSON"),
         ({"info": {"x": object()}}, "JSON"),
     ],
@@ -103,10 +111,10 @@ def test_what_is_not_a_concept_is_refused(changes, message):
 
 
 def test_summary_says_what_is_inside():
-    text = Concept("mug", "tokens", tokens(), {"loss_last": 0.25}, {"step": torch.tensor(3)}).summary()
-    assert all(
-        part in text for part in ("<mug>", "2 vectors", "8 width", "mean norm", "loss_last: 0.25", "can continue")
-    )
+    rows = torch.tensor([[3.0, 4.0], [0.0, 1.0]]).view(1, 1, 1, 2, 2)
+    text = Concept("mug", "tokens", {"clip_l": rows}, {"loss_last": 0.25}, {"step": torch.tensor(3)}).summary()
+    said = ("<mug>", "2 vectors, 2 width; mean norm 3.000", "loss_last: 0.25", "can continue")
+    assert all(part in text for part in said)
 
 
 MAPPER = {"layers": ["input.1", "middle.0"], "anchors": 2, "norms": {"clip_l": 0.5}}
@@ -122,6 +130,7 @@ def mapper(**changes):
     [
         ({}, MAPPER, "no mapper"),
         (mapper(), {}, "no mapper"),
+        (mapper(), {**MAPPER, "anchors": 0}, "no mapper"),
         (mapper(), {**MAPPER, "norms": {}}, "length of the word vectors"),
         (mapper(), {**MAPPER, "norms": {"clip_l": 0}}, "length of the word vectors"),
         (mapper(), {**MAPPER, "layers": ["input.1"]}, "1 layers and 2 times"),
@@ -129,6 +138,7 @@ def mapper(**changes):
         (mapper(frequencies=None), MAPPER, "not whole"),
         (mapper(**{"norm2.bias": torch.zeros(4)}), MAPPER, "not whole"),
         (mapper(**{"output.bias": torch.zeros(())}), MAPPER, "not whole"),
+        (mapper(**{"output.bias": torch.zeros(7), "output.weight": torch.zeros(7, 5)}), MAPPER, "not whole"),
         (mapper(more=torch.zeros(1)), MAPPER, "not whole"),
         (mapper(**{"norm1.bias": torch.full((5,), float("inf"))}), MAPPER, "not finite"),
     ],
@@ -196,3 +206,33 @@ def test_a_modulation_with_and_without_its_network_or_biases():
     cached = Concept("p", "modulation", {k: v for k, v in tensors.items() if k.startswith("word.")}, info)
     assert "no network" in cached.summary()
     Concept("p", "modulation", {k: v for k, v in tensors.items() if not k.endswith(".bias")}, info)
+
+
+def coded():
+    """As ``modulation``, of five latents of a dictionary over rows of width 9."""
+    tensors, info = modulation(input="codes", norm="layer", dictionary="words")
+    reading = {"weight": torch.ones(5, 9), "bias": torch.zeros(5), "threshold": torch.zeros(5)}
+    reading["kept"] = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
+    return tensors | {f"reading.{k}": v for k, v in reading.items()}, info
+
+
+def test_a_modulation_by_latents_says_which_it_reads():
+    made = Concept("p", "modulation", *coded())
+    assert row_width(made.tensors) == 9 and row_width(modulation()[0]) == 5
+    assert "latents of dictionary words; per word: hat 2, computer mouse 3" in made.summary()
+
+
+@pytest.mark.parametrize(
+    "change, info, message",
+    [
+        ({}, {"norm": "softmax"}, "how its dictionary prepares rows"),
+        ({"reading.bias": None}, {}, "reading.bias is missing"),
+        ({"reading.weight": torch.ones(4, 9)}, {}, "reading.weight has shape"),
+        ({"reading.threshold": torch.zeros(1)}, {}, "reading.threshold has shape"),
+        ({"reading.kept": torch.ones(1, 5)}, {}, "reading.kept has shape"),
+    ],
+)
+def test_what_reads_no_latents_is_refused(change, info, message):
+    tensors, facts = coded()
+    with pytest.raises(CarrierError, match=message):
+        Concept("p", "modulation", {k: v for k, v in (tensors | change).items() if v is not None}, facts | info)
