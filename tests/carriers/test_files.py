@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierFileError
-from concepts.carriers.files import parse, read_concept, write_concept, write_new
+from concepts.carriers.files import claim, digest, parse, read_bytes, read_concept, write_concept, write_new
 from concepts.carriers.foreign import read_any
 from concepts.kernels import controller, neti
 
@@ -55,6 +55,10 @@ def golden() -> Concept:
 def layered() -> Concept:
     rows = torch.randn(5, 3, 2, 1, 8, generator=torch.Generator().manual_seed(1))
     return Concept("deep", "tokens", {"clip_l": rows}, {"layers": ["input.1", "middle.0", "output.1"]})
+
+
+def keys_and_values() -> Concept:
+    return Concept("kv", "tokens", {"clip_l": torch.arange(16.0).reshape(1, 1, 2, 1, 8)})
 
 
 def golden_delta() -> Concept:
@@ -120,7 +124,7 @@ def same(a: Concept, b: Concept) -> bool:
     )
 
 
-@pytest.mark.parametrize("made", [golden, layered, golden_delta, mapper, modulation])
+@pytest.mark.parametrize("made", [golden, layered, keys_and_values, golden_delta, mapper, modulation])
 def test_round_trip(made, tmp_path):
     write_concept(made(), tmp_path / "a.safetensors", {"prompt": json.dumps({"1": {}})})
     assert same(read_concept(tmp_path / "a.safetensors"), made())
@@ -287,8 +291,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 @pytest.mark.parametrize("info", ["[" * 100000, f'{{"steps": {"9" * 5000}}}'])
 def test_hostile_facts_are_refused_with_a_sentence(info, tmp_path):
-    from concepts.carriers.files import digest
-
     tensors = {"clip_l": torch.ones(2, 4)}
     facts = {"concepts.format": "1", "concepts.kind": "tokens", "concepts.name": "mug", "concepts.info": info}
     save_file(tensors, tmp_path / "a.safetensors", facts | {"concepts.digest": digest(tensors, facts)})
@@ -296,13 +298,39 @@ def test_hostile_facts_are_refused_with_a_sentence(info, tmp_path):
         read_concept(tmp_path / "a.safetensors")
 
 
+def test_a_newer_format_is_refused(tmp_path):
+    path, tensors = tmp_path / "a.safetensors", {"clip_l": torch.ones(2, 4)}
+    facts = {"concepts.format": "2", "concepts.kind": "tokens", "concepts.name": "mug", "concepts.info": "{}"}
+    save_file(tensors, path, facts | {"concepts.digest": digest(tensors, facts)})
+    for read in (read_concept, read_any):
+        with pytest.raises(CarrierFileError, match="has format '2', this version reads 1; update the pack"):
+            read(path)
+
+
 def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
     from concepts.carriers import files
 
     monkeypatch.setattr(files, "LARGEST", 100)
-    with pytest.raises(CarrierFileError, match="more than this pack reads .100.; save it without training_state"):
-        write_concept(golden(), tmp_path / "mug.safetensors")
+    for write in (
+        lambda: write_concept(golden(), tmp_path / "a.safetensors"),
+        lambda: write_new(golden(), tmp_path, "a"),
+    ):
+        with pytest.raises(CarrierFileError, match="more than this pack reads .100.; save it without training_state"):
+            write()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(bytes(101))
+    with pytest.raises(CarrierFileError, match="a.safetensors is 101 bytes large"):
+        read_bytes(path, 100)
+    assert read_bytes(path, 101) == bytes(101)
+
+
+def test_a_name_can_be_taken_without_a_file(tmp_path):
+    (tmp_path / "mug_2.safetensors").write_text("")
+    assert claim(tmp_path, "mug", lambda path: path.stem in ("mug", "mug_3")).stem == "mug_4"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from concepts.carriers.errors import CarrierFileError
-from concepts.carriers.foreign import read_any
+from concepts.carriers.foreign import read_any, unpickled
 
 from .test_files import mutations
 
@@ -138,12 +138,14 @@ def test_other_files_are_refused(content, message, tmp_path):
         {b"clip_l": rows()},
         {("a", 1): rows()},
         {"string_to_param": {265: rows()}},
+        {"emb_params": rows(0)},
+        {"emb_params": rows().long()},
         {265: rows(), "bundle_emb.mug.string_to_param.*": torch.zeros(2, 2, 2)},
         {"string_to_param": {"*": rows().to("meta")}},
         {"string_to_param": {"*": rows().to_sparse()}},
         {"string_to_param": {"*": torch.nested.nested_tensor([rows()[0], rows()[1]])}},
     ],
-    ids=["int", "bytes", "tuple", "inner", "bundle", "meta", "sparse", "nested"],
+    ids=["int", "bytes", "tuple", "inner", "empty", "whole", "bundle", "meta", "sparse", "nested"],
 )
 def test_odd_keys_and_tensors_are_refused(content, tmp_path):
     with pytest.raises(CarrierFileError, match="x.pt is not a Textual Inversion file: it holds"):
@@ -159,8 +161,26 @@ def test_a_small_file_of_huge_tensors_is_refused(tmp_path):
         read_any(path)
 
 
-def test_a_name_that_is_no_text_is_not_taken(tmp_path):
-    assert read_any(store({**FILES["a1111.pt"], "name": ["cat"]}, tmp_path / "mug.pt")).name == "mug"
+def test_facts_are_taken_where_they_are_of_their_kind(tmp_path):
+    facts = {"source": "A1111 embedding", "file": "mug.pt", "step": 500, "sd_checkpoint_name": "v1-5"}
+    made = read_any(store({**FILES["a1111.pt"], "name": "m" * 70}, tmp_path / "mug.pt"))
+    assert made.name == "m" * 64 and made.info == facts
+    odd = {"name": ["cat"], "step": None, "sd_checkpoint_name": torch.ones(2)}
+    made = read_any(store({**FILES["a1111.pt"], **odd}, tmp_path / "mug.pt"))
+    assert made.name == "mug" and made.info.keys() == {"source", "file"}
+
+
+def test_single_numbers_beside_the_vectors_are_no_vectors(tmp_path):
+    made = read_any(store({"clip_l": rows(), "step": torch.tensor(500)}, tmp_path / "x.safetensors"))
+    assert made.tensors.keys() == {"clip_l"}
+
+
+def test_a_pickle_is_held_to_a_size_and_to_names(tmp_path):
+    path = store({"clip_l": rows()}, tmp_path / "x.pt")
+    with pytest.raises(CarrierFileError, match="unpacks to more than a dictionary holds"):
+        unpickled(path.read_bytes(), path, "a dictionary", 1000)
+    with pytest.raises(CarrierFileError, match="x.pt holds a list, not an embedding"):
+        read_any(store([rows()], path))
 
 
 class Hostile:
