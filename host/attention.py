@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..carriers.errors import CarrierMismatch
 from ..kernels.attention import attend, attention_columns, split_heads
 from ..kernels.flash import joint, usable
-from .denoise import attention
+from .denoise import OVERRIDE, Attention
 
 LAYERS = ("half", "quarter", "all")
 """Which maps: those of half or a quarter of the latent's side, or all."""
@@ -145,7 +145,8 @@ class JointTap:
         """``transformer_options`` of the call that is looked at."""
         self.records = records = {}
         text, pixels = self.columns.shape[1], self.size[0] * self.size[1]
-        own = options.get("optimized_attention_override") in (None, attention)
+        before = options.get(OVERRIDE)
+        own = before is None or isinstance(before, Attention) and (before.learns() or not before.earlier)
 
         def override(run, q, k, v, heads, mask, kwargs):
             split, out = kwargs.get("skip_reshape", False), None
@@ -167,8 +168,8 @@ class JointTap:
 
 
 def _overridden(options: dict, override: Callable) -> dict:
-    """Options in which ``override`` stands before whatever overrides attention already (denoise.py on CPUs)."""
-    previous = options.get("optimized_attention_override")
+    """Options in which ``override`` stands before whatever overrides attention already (denoise.py)."""
+    previous = options.get(OVERRIDE)
 
     def replaced(func, q, k, v, heads, *args, **kwargs):
         mask = args[0] if args else kwargs.get("mask")
@@ -179,7 +180,7 @@ def _overridden(options: dict, override: Callable) -> dict:
 
         return override(run, q, k, v, heads, mask, kwargs)
 
-    return {**options, "optimized_attention_override": replaced}
+    return {**options, OVERRIDE: replaced}
 
 
 def maps_of(columns: torch.Tensor, follow_queries: bool = False) -> Callable:

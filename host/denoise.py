@@ -1,5 +1,7 @@
 """Running the host's denoiser with gradients, one conditioning per sample, for every model family."""
 
+from collections.abc import Callable
+
 import comfy.conds
 import comfy.model_management
 import comfy.model_sampling
@@ -13,6 +15,8 @@ from ..carriers.errors import CarrierMismatch
 
 ROWS = "concept_rows"
 """Key in ``transformer_options``: which rows of ``Denoiser``'s batch a pass holds."""
+OVERRIDE = "optimized_attention_override"
+"""The host's key in ``transformer_options`` for what stands in for its attention."""
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 """What the host has."""
 
@@ -54,10 +58,29 @@ def noise_time(sampling, sigma: torch.Tensor) -> torch.Tensor:
     return (sigma[:, None].clamp_min(1e-20).log() - table.log()).abs().argmin(1) / len(table)
 
 
-def attention(chosen, q, *args, **kwargs):
-    """What the host chooses on CPUs (sub-quadratic, attention.py) is slower in fp32 than torch's fused product, and
-    keeps whole score matrices for learning; in bf16 it is the other way round."""
-    return (attention_pytorch if q.dtype == torch.float32 else chosen)(q, *args, **kwargs)
+class Attention:
+    """``optimized_attention_override`` of a ``Denoiser``'s passes.
+
+    Learning has torch's own product, as SageAttention and the host's flash op have no backward pass; also its passes
+    without gradient, which are compared with those that have one. Every other pass is as the user chose.
+    """
+
+    def __init__(self, earlier: Callable | None, device: torch.device):
+        """``earlier``: another node's override of the same MODEL."""
+        self.earlier, self.on_cpu = earlier, comfy.model_management.is_device_cpu(device)
+
+    def learns(self) -> bool:
+        """Whether a pass of now is one of learning: those of other nodes run in the host's inference mode."""
+        return not torch.is_inference_mode_enabled()
+
+    def __call__(self, chosen: Callable, q: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Attention as the host's functions have it; ``chosen``: the one of them that it would take."""
+        if self.learns():
+            return attention_pytorch(q, *args, **kwargs)
+        if self.earlier:
+            return self.earlier(chosen, q, *args, **kwargs)
+        # what the host chooses on CPUs (sub-quadratic, attention.py) is slower in fp32
+        return (attention_pytorch if self.on_cpu and q.dtype == torch.float32 else chosen)(q, *args, **kwargs)
 
 
 def context_width(network) -> int | None:
@@ -81,9 +104,7 @@ class Denoiser:
             comfy.patcher_extension.merge_nested_dicts(
                 options.setdefault("wrappers", {}), patcher.wrappers, copy_dict1=False
             )
-        if comfy.model_management.is_device_cpu(self.device):
-            options.setdefault("optimized_attention_override", attention)
-        self.options = options
+        self.options = {**options, OVERRIDE: Attention(options.get(OVERRIDE), self.device)}
 
     def clean(self, latents: torch.Tensor) -> torch.Tensor:
         """VAE latents -> the model's own scale, on its device, fp32."""

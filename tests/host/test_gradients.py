@@ -80,6 +80,42 @@ def test_gradient_is_exact(family, checkpointing):
     assert relative(grad, reference) < 1e-4
 
 
+@pytest.mark.parametrize("chosen", ["by the host", "by a node"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
+def test_attention_without_a_backward_pass_is_for_other_passes(family, checkpointing, chosen, monkeypatch):
+    """As SageAttention is: what is learned, in every encoder, is what torch's own attention gives."""
+    import comfy.ldm.flux.math as flux
+    import comfy.ldm.modules.attention as unet
+    import comfy.ldm.modules.diffusionmodules.mmdit as sd3
+
+    from concepts.host.denoise import Denoiser
+    from concepts.host.gradients import training
+
+    made, asked = tiny(family), []
+    parts = made.model, made.clip.patcher
+    loss, grad = loss_and_gradient(made, training(*parts, checkpointing=checkpointing))
+
+    def rough(*args, **kwargs):
+        asked.append(torch.is_inference_mode_enabled())
+        return unet.attention_pytorch(*args, **kwargs).detach() * 1.01
+
+    if chosen == "by the host":
+        for module in (unet, sd3, flux):
+            monkeypatch.setattr(module, "optimized_attention", unet.wrap_attn(rough))
+        monkeypatch.setattr("concepts.host.denoise.comfy.model_management.is_device_cpu", lambda device: False)
+    else:
+        options = made.model.model_options.setdefault("transformer_options", {})
+        options["optimized_attention_override"] = lambda func, *args, **kwargs: rough(*args, **kwargs)
+    again = loss_and_gradient(made, training(*parts, checkpointing=checkpointing))
+    assert again[0] == pytest.approx(loss, rel=1e-6) and relative(again[1], grad) < 1e-4 and not asked
+    assert all(float(v.norm()) > 0 for v in grad.values())
+    with torch.inference_mode():
+        entry = stock(made.clip, "a mug")[0]
+        Denoiser(made.model)(made.latent[None], torch.tensor([0.5]), [entry])
+    assert asked and all(asked)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_samples_bit_equally_afterwards(family):
     import comfy.sample
