@@ -12,6 +12,13 @@ class Diverged(RuntimeError):
     taken before it: continued from there, the same draw breaks again."""
 
 
+def _clip(grads: list[torch.Tensor], most: float) -> None:
+    """Shortens gradients in place as torch's clip_grad_norm_ does; 0 leaves them."""
+    if most and grads:
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
+
+
 @dataclass(frozen=True)
 class Adam:
     """AdamW (arXiv 1711.05101); without decay and clipping it is the optimiser of Textual Inversion."""
@@ -35,10 +42,7 @@ class Adam:
         b1, b2 = self.betas
         counts = {k: int(state["step"]) - self.late.get(k, 0) for k in parameters}
         parameters = {k: p for k, p in parameters.items() if counts[k] > 0}
-        if self.clip and parameters:
-            grads = [p.grad for p in parameters.values()]
-            norm = torch.stack([g.norm() for g in grads]).norm()
-            torch._foreach_mul_(grads, (self.clip / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
+        _clip([p.grad for p in parameters.values()], self.clip)
         for key, parameter in parameters.items():
             count = counts[key]
             first, second, grad = state[f"first.{key}"], state[f"second.{key}"], parameter.grad
@@ -68,9 +72,7 @@ class UnitRows(Adam):
         count, unit = int(state["step"]), parameters[self.rows]
         unit.grad.addcmul_((unit.grad * unit).sum(-1, keepdim=True), unit, value=-1)
         grads = [p.grad for p in parameters.values()]
-        if self.clip:
-            norm = torch.stack([g.norm() for g in grads]).norm()
-            torch._foreach_mul_(grads, (self.clip / (norm + 1e-6)).clamp(max=1.0))
+        _clip(grads, self.clip)
         adam(
             list(parameters.values()),
             grads,
@@ -150,7 +152,8 @@ def fit(
     ``scale``: a power of two that the loss is multiplied by on its way back, so that gradients stay above the smallest
     numbers of fp16 (arXiv 1710.03740); a step whose gradient then is not finite is taken again with less.
     Whatever ends the loop from outside (an interrupt, an error inside ``loss_of``) leaves the last finished step.
-    Raises: Diverged when a loss or a gradient is not finite; ValueError when ``state`` belongs to another optimiser.
+    Raises: Diverged when a loss or a gradient is not finite; RuntimeError when no parameter gets a gradient; ValueError
+    when ``state`` belongs to another optimiser.
     """
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -169,10 +172,19 @@ def fit(
         try:
             for micro in range(accumulate):
                 loss = loss_of(parameters, done, micro) / accumulate
-                (loss * scale).backward()
+                if loss.requires_grad:
+                    (loss * scale).backward()
                 total += float(loss.detach())
+            if all(p.grad is None for p in parameters.values()):
+                raise RuntimeError(
+                    "No gradient reaches what is learned: something between it and the loss, such as another node's "
+                    "patch, computes without. Connect MODEL and CLIP as their loader gives them."
+                )
+            for parameter in parameters.values():
+                if parameter.grad is None:  # this step does not use it
+                    parameter.grad = torch.zeros_like(parameter)
             grads = [p.grad for p in parameters.values()]
-            if not all(g is not None and bool(torch.isfinite(g).all()) for g in grads) or total - total != 0:
+            if not all(bool(torch.isfinite(g).all()) for g in grads) or total - total != 0:
                 if scale > 1 and total - total == 0:
                     scale = max(1.0, scale / 16)
                     continue

@@ -167,6 +167,20 @@ def test_sphere_leaves_vectors_that_a_step_did_not_use():
     assert not torch.equal(parameters["a"].detach()[1], before[1])
 
 
+@pytest.mark.parametrize("loss", [lambda p, *_: p["a"].detach().sum(), lambda p, *_: torch.ones(1, requires_grad=True)])
+def test_a_loss_that_nothing_leads_to_is_named(loss):
+    with pytest.raises(RuntimeError, match="No gradient reaches what is learned") as error:
+        next(fit(start(), lambda *given: loss(*given).sum(), Adam(0.1), 1))
+    assert not isinstance(error.value, Diverged)
+
+
+def test_a_parameter_that_a_step_does_not_use_stays():
+    parameters = start()
+    for done in fit(parameters, lambda p, step, micro: p["a"].square().sum(), Adam(0.1, decay=0.1), 3):
+        assert not done.state["first.b"].any()
+    assert torch.equal(parameters["b"].detach(), start()["b"]) and not torch.equal(parameters["a"], start()["a"])
+
+
 BAD = {
     "nan": lambda a: a.square().sum() * float("nan"),
     "infinity": lambda a: a.square().sum() * float("inf"),
