@@ -225,7 +225,9 @@ def _wrapper(find: Callable[[dict, torch.Tensor, torch.Tensor], list[Placement]]
     """An APPLY_MODEL wrapper. ``find``: (transformer_options, latents, text) -> what is modulated in this call."""
 
     def apply(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **more):
-        options, network = transformer_options or {}, executor.class_obj.diffusion_model
+        options, model = transformer_options or {}, executor.class_obj
+        given = model.diffusion_model
+        network = getattr(given, "_orig_mod", given)
         mine = find(options, x, c_crossattn)
         for placement in mine:
             fits(network, placement.place)
@@ -240,8 +242,12 @@ def _wrapper(find: Callable[[dict, torch.Tensor, torch.Tensor], list[Placement]]
             return _installed({name: block} if name else {}, call)
 
         options = {**options, PLACES: call.placements, AROUND: [*options.get(AROUND, ()), around]}
-        with _installed(blocks, call):
-            return executor(x, t, c_concat, c_crossattn, control, options, **more)
+        model.diffusion_model = network  # dynamo's guards leave out hooks, so what is compiled need not notice them
+        try:
+            with _installed(blocks, call):
+                return executor(x, t, c_concat, c_crossattn, control, options, **more)
+        finally:
+            model.diffusion_model = given
 
     return apply
 

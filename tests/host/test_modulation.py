@@ -532,3 +532,23 @@ def test_maps_see_what_sampling_sees(made):
     assert modulated.keys() == plain.keys()
     assert any(not torch.allclose(v, plain[k]) for k, v in modulated.items())
     assert all(torch.equal(v, marked[k]) for k, v in modulated.items())
+
+
+def test_a_model_behind_torch_compile_is_modulated(made):
+    """By the module that was compiled: its graph need not notice hooks. Other calls are compiled as before."""
+    from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+
+    positive, plain = prompt(made, "a <p:hat> on a table", taught(made)), prompt(made, "a hat on a table")
+    expected, without = sample(made, positive), sample(made, plain)
+    model, calls = made.model.clone(), []
+
+    def backend(graph, inputs):
+        return lambda *given: calls.append(0) or graph(*given)
+
+    torch._dynamo.reset()
+    set_torch_compile_wrapper(model, backend=backend)
+    for asked, wanted, compiled in ((plain, without, True), (positive, expected, False), (plain, without, True)):
+        calls.clear()
+        assert near(sample(made, asked, model=model), wanted) and bool(calls) == compiled
+    assert not near(expected, without) and hooks(made) == 0
+    torch._dynamo.reset()
