@@ -19,7 +19,7 @@ from .gradients import ordinary
 from .overlays import background, mask_of, overlay
 from .positions import learned_columns
 from .show import tap_of
-from .text import encoders
+from .text import constant, encoders
 
 LINE = 60
 """Characters of a line that a node has room for."""
@@ -53,6 +53,8 @@ class Session:
     """How often each picture of a batch goes through the model at once; for the estimate of memory."""
 
     def __init__(self, model, clip, data: ConceptSet, settings: RunSettings, earlier: Concept | None = None):
+        """Raises: ValueError for a masked loss without masks; CarrierMismatch for a CLIP that ``constant`` refuses."""
+        constant(clip)
         self.model, self.clip, self.data, self.settings, self.earlier = model, clip, data, settings, earlier
         if settings.masked_loss and all(mask is None for mask in data.masks):
             raise ValueError(

@@ -15,7 +15,7 @@ from .modulation import ALONE
 from .overlays import background, grid, mask_of
 from .positions import columns_of
 from .prompt import encode_prompt
-from .text import named_rows
+from .text import named_rows, unhooked
 from .variants import layers_of
 
 
@@ -38,12 +38,7 @@ def changed(entry: list) -> tuple[list, object]:
     """
     facts = dict(entry[1])
     hooks = getattr(facts.pop("hooks", None), "hooks", ())
-    others = sorted({type(hook).__name__ for hook in hooks if not hasattr(hook, "transformers_dict")})
-    if others:
-        raise CarrierMismatch(
-            f"The CLIP brings hooks that change the model in sampling ({', '.join(others)}, from Set CLIP Hooks), "
-            "which are not seen here; connect the CLIP from before that node, or turn its apply_to_conds off."
-        )
+    unhooked([hook for hook in hooks if not hasattr(hook, "transformers_dict")])
     options = [hook.transformers_dict for hook in hooks]
 
     def change(given: dict) -> dict:

@@ -90,6 +90,26 @@ def encoders(clip) -> list[Encoder]:
     return [e._replace(beside=tuple(pair)) if e.slot in pair else e for e in found]
 
 
+def unhooked(hooks: list) -> None:
+    """Raises: CarrierMismatch naming the hooks of a CLIP or CONDITIONING; they work in the host's sampling alone."""
+    names = ", ".join(sorted({type(hook).__name__ for hook in hooks}))
+    if names:
+        raise CarrierMismatch(
+            f"The CLIP brings hooks that change the model in sampling ({names}, from Set CLIP Hooks), which are not "
+            "seen here; connect the CLIP from before that node, or turn its apply_to_conds off."
+        )
+
+
+def constant(clip) -> None:
+    """Raises: CarrierMismatch for a CLIP that brings hooks for the model, or whose own change along the sampling."""
+    unhooked(getattr(clip.apply_hooks_to_conds, "hooks", []))
+    if clip.use_clip_schedule:
+        raise CarrierMismatch(
+            "The CLIP is another at each stage of sampling (Set CLIP Hooks), and one is learned with; connect the CLIP "
+            "from before that node, or turn its schedule_clip off."
+        )
+
+
 def ready(clip) -> None:
     """Sets a loaded encoder up as the host does before encoding (sd.py encode_from_tokens)."""
     model = clip.cond_stage_model

@@ -73,6 +73,26 @@ def test_a_name_that_cannot_be_written_is_refused_before_learning(toy, mug_set, 
             made_by(kind, toy, mug_set, name=name)
 
 
+@pytest.mark.parametrize("to_conds, scheduled", [(True, False), (False, True), (False, False)])
+def test_a_clip_whose_hooks_learning_would_not_see_is_refused(toy, mug_set, to_conds, scheduled):
+    """Those that it has once and for all are in its weights."""
+    import comfy.hooks
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    hook, group = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=1.0), comfy.hooks.HookGroup()
+    hook.weights = {}
+    group.add(hook)
+    with torch.inference_mode():
+        (hooked,) = SetClipHooks().apply_hooks(toy[1], scheduled, to_conds, group)
+    for kind in LEARNERS:
+        parts = (toy[0], hooked, *toy[2:])
+        if not (to_conds or scheduled):
+            assert made_by(kind, parts, mug_set)
+            continue
+        with pytest.raises(CarrierMismatch, match="schedule_clip off" if scheduled else "turn its apply_to_conds off"):
+            made_by(kind, parts, mug_set)
+
+
 def test_masked_loss_needs_a_mask(toy, mug_set):
     bare = replace(mug_set, masks=(None,) * 5)
     with pytest.raises(ValueError, match="no picture has a mask"):
