@@ -44,7 +44,7 @@ def fused(q, k, v, columns):
     """
     wide, count = v.shape[-1], columns.shape[-1]
     aligned = [-(-width // 8) * 8 for width in (q.shape[-1], wide + count)]  # which fast kernels want
-    if q.device.type == "cpu":  # where they want values as wide as keys, too
+    if q.device.type not in ("cuda", "xpu"):  # CPUs are faster so, MPS gives the queries' width (pytorch #176767)
         aligned = [max(aligned)] * 2
     own = F.pad(columns.to(v), (0, aligned[1] - wide - count))[:, None]
     scale, more = q.shape[-1] ** -0.5, aligned[0] - q.shape[-1]

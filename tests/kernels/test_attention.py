@@ -62,6 +62,20 @@ def test_gradients_of_the_columns(case, follow):
     torch.testing.assert_close(found, torch.autograd.grad(plain + seen, (q, k, v)))
 
 
+@pytest.mark.parametrize("width", [4, 40, 64])
+def test_a_product_that_is_as_wide_as_its_queries_is_enough(width, monkeypatch):
+    """As MPS has it; a tensor without memory stands for one of that device."""
+    stock = attention.F.scaled_dot_product_attention
+
+    def narrow(q, *args, **kwargs):
+        return stock(q, *args, **kwargs)[..., : q.shape[-1]]
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", narrow)
+    q, k, v = (torch.empty(2, 3, n, width, device="meta") for n in (9, 5, 5))
+    out, maps = attention.fused(q, k, v, torch.empty(1, 5, 2, device="meta"))
+    assert out.shape == (2, 3, 9, width) and maps.shape == (2, 9, 2)
+
+
 def test_a_pass_keeps_its_inputs_only():
     q, k, v = (drawn(1, n, 8).requires_grad_() for n in (64, 77, 77))
     kept = []
