@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import comfy.model_management
 import torch
 
 from ..carriers.concept import Concept, check_name
@@ -207,7 +209,20 @@ class Session:
 
     def seen(self) -> torch.Tensor | None:
         """Where the first picture, half noised, looks at the learned rows: a picture [h, w, 3]; None where it cannot be
-        told."""
+        told.
+
+        Raises: the host's interrupt and OOM alone, since learning needs no such picture.
+        """
+        management = comfy.model_management
+        try:
+            return self._seen()
+        except (management.InterruptProcessingException, management.OOM_EXCEPTION):
+            raise
+        except Exception as error:
+            logging.warning("concept-carriers: where <%s> is seen cannot be shown: %s", self.settings.name, error)
+            return None
+
+    def _seen(self) -> torch.Tensor | None:
         tokens, d = self.watched(), self.denoiser
         try:
             columns = learned_columns(self.model, self.clip, tokens) if tokens else None

@@ -122,6 +122,31 @@ def test_every_family_shows_where_it_looks(family, mug_set):
     assert seen is not None and seen.shape[-1] == 3 and bool(torch.isfinite(seen).all()) and float(seen.std()) > 0
 
 
+@pytest.mark.parametrize("what, passes", [("mismatch", False), ("op", False), ("interrupt", True), ("memory", True)])
+def test_what_cannot_be_shown_ends_no_run(toy, mug_set, monkeypatch, caplog, what, passes):
+    import comfy.model_management as management
+
+    from concepts.host import session
+
+    error = {
+        "mismatch": CarrierMismatch("replaced"),
+        "op": NotImplementedError("no such op on this device"),
+        "interrupt": management.InterruptProcessingException(),
+        "memory": torch.cuda.OutOfMemoryError(),
+    }[what]
+
+    def tap_of(*given):
+        raise error
+
+    monkeypatch.setattr(session, "tap_of", tap_of)
+    if passes:
+        with pytest.raises(type(error)):
+            learn(toy, mug_set, steps=1)
+    else:
+        assert len(learn(toy, mug_set, steps=1).losses) == 1
+        assert f"where <mug> is seen cannot be shown: {error}" in caplog.text
+
+
 @pytest.mark.parametrize("other", ["clip", "latent"])
 def test_parts_of_another_model_are_named(mug_set, other):
     one, two = tiny("sd15"), tiny("sdxl" if other == "clip" else "flux")
