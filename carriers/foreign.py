@@ -1,6 +1,5 @@
 """Textual Inversion files of other programs, read without ever running what is in them."""
 
-import contextlib
 import io
 import re
 import zipfile
@@ -23,8 +22,8 @@ ENCODERS += ("chinese_roberta", "jina_clip_2", "sam3_clip")
 NAMES = {"t5": "t5xxl", "text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 """Encoder keys by the names that diffusers' training scripts give them."""
 BUNDLE = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|[^.]+)")
-ALLOWING = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
-"""Since torch 2.5."""
+WANTED = [torch.nn.ParameterDict, set]
+"""What the authors of Textual Inversion save; torch allows sets by itself since 2.6."""
 
 
 def read_any(path: Path) -> Concept:
@@ -59,7 +58,7 @@ def unpickled(data: bytes, path: Path, what: str = "an embedding", largest: int 
                 size = sum(entry.file_size for entry in archive.infolist())
         if size > largest:
             raise CarrierFileError(f"it unpacks to more than {what} holds")
-        with ALLOWING([torch.nn.ParameterDict]):  # what the authors of Textual Inversion save
+        with torch.serialization.safe_globals(WANTED):
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle may raise anything, and torch then advises to run it
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -65,7 +65,10 @@ def _pieces(q, k, v, columns, more: int):
     (heads, queries, d), count = q.shape[1:], k.shape[2]
     m = -(-count // VECTOR) * VECTOR
     dtype = torch.promote_types(k.dtype, torch.float32)
-    keys, values, columns = (F.pad(x.to(dtype), (0, 0, 0, m - count)) for x in (k, v, columns))
+    keys, values, columns = (
+        torch.cat([x.to(dtype), x.new_zeros(*x.shape[:-2], m - count, x.shape[-1], dtype=dtype)], -2)
+        for x in (k, v, columns)
+    )
     keys, columns = keys * d**-0.5, columns.expand(len(q), -1, -1)
     most = CACHED if q.device.type == "cpu" else PIECE
     step = max(1, min(queries, most // max(1, heads * m)))

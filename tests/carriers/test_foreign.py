@@ -148,7 +148,8 @@ def test_other_files_are_refused(content, message, tmp_path):
     ids=["int", "bytes", "tuple", "inner", "empty", "whole", "bundle", "meta", "sparse", "nested"],
 )
 def test_odd_keys_and_tensors_are_refused(content, tmp_path):
-    with pytest.raises(CarrierFileError, match="x.pt is not a Textual Inversion file: it holds"):
+    # torch may refuse to load a nested tensor before anyone looks at it
+    with pytest.raises(CarrierFileError, match="x.pt is not (a Textual Inversion file|an embedding that can)"):
         read_any(store(content, tmp_path / "x.pt"))
 
 
