@@ -46,7 +46,7 @@ def centre(mask: torch.Tensor, features: Features) -> tuple[float, float]:
 
     Raises: ValueError for an empty one.
     """
-    one = picture_mask(mask).double().cpu().clamp(0, 1)
+    one = picture_mask(mask).double().clamp(0, 1)
     total = float(one.sum())
     if total < 1e-6:
         raise ValueError("The mask is empty, so there is no point; paint a dot into it, or disconnect it and set x, y.")

@@ -74,14 +74,14 @@ def both(first: Features, second: Features, name: str, one: int, two: int) -> tu
 
 
 def picture_mask(mask: torch.Tensor, picture: int = 0) -> torch.Tensor:
-    """The [H, W] of one picture in a MASK [H, W] or [n, H, W]; a single one is every picture's.
+    """The [H, W] of one picture in a MASK [H, W] or [n, H, W], on the CPU; a single one is every picture's.
 
     Raises: ValueError when there are several and none for this picture.
     """
     several = mask if mask.ndim == 3 else mask[None]
     if 1 < len(several) <= picture:
         raise ValueError(f"There is no mask for picture {picture}; the masks are {len(several)}, counted from 0.")
-    return several[picture if len(several) > 1 else 0]
+    return several[picture if len(several) > 1 else 0].cpu()  # as features are; --gpu-only leaves masks elsewhere
 
 
 def reach(grid: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -135,7 +135,7 @@ def settle(group: torch.Tensor, other: torch.Tensor, count: int, scores) -> tupl
     score[several] = scores(several)
     top = score.new_full((count,), -torch.inf).scatter_reduce_(0, group, score, "amax")
     equal = score == top[group]
-    lowest = other.new_full((count,), torch.iinfo(torch.int64).max)
+    lowest = other.new_full((count,), 2**31 - 1)  # MPS reduces in 32 bits
     lowest.scatter_reduce_(0, group[equal], other[equal], "amin")
     return torch.where(top == -torch.inf, -1, lowest), top
 

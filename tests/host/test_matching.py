@@ -142,3 +142,28 @@ def test_maps_that_only_look_alike_are_refused(moved):
             matches(known, Features(first.maps, 24, 80, there), "dift", **HOW)
     later = {**here, "sources": {"dift": {"layer": "output_blocks.5", "timestep": 400}}}
     assert len(matches(known, Features(first.maps, 24, 80, later), "dift", **HOW).score) == 60
+
+
+def test_masks_are_read_where_features_are():
+    """Under --gpu-only the host's masks lie on the GPU, which may lack doubles."""
+    from concepts.host.finding import centre
+    from concepts.host.matching import covered
+
+    class Elsewhere(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            found = super().__torch_function__(func, types, args, kwargs or {})
+            if func in (torch.Tensor.cpu, torch.Tensor.numpy):
+                return found.as_subclass(torch.Tensor)
+            assert func is not torch.Tensor.double, "MPS has no doubles"
+            mixed = any(type(x) is torch.Tensor and x.ndim for x in args)
+            assert not mixed, "tensors of two devices"
+            return found
+
+    mask = torch.zeros(2, 64, 64)
+    mask[:, 16:32, 16:32] = 1
+    features = Features({"dift": torch.ones(2, 4, 8, 8)}, 64, 64, {})
+    there = mask.as_subclass(Elsewhere)
+    assert centre(there, features) == centre(mask, features) == (24, 24)
+    inside = covered(there, features.maps["dift"][0], "first", 1)
+    assert type(inside) is torch.Tensor and torch.equal(inside, covered(mask, features.maps["dift"][0], "first", 1))

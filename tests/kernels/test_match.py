@@ -192,6 +192,20 @@ def test_the_lowest_cell_wins_a_tie(products, stretch):
     assert match(a, b, mutual=False).second.tolist() == list(range(100)) * 2
 
 
+def test_minima_in_32_bits_are_enough(products, monkeypatch):
+    """As MPS takes them of numbers of 64."""
+    stock = torch.Tensor.scatter_reduce_
+
+    def narrow(own, dim, index, source, reduce):
+        if own.dtype != torch.int64:
+            return stock(own, dim, index, source, reduce)
+        return own.copy_(stock(own.int(), dim, index, source.int(), reduce))
+
+    monkeypatch.setattr(torch.Tensor, "scatter_reduce_", narrow)
+    a, b = both(40, 700, 64)
+    same(match(a, b), whole(a, b))
+
+
 def test_equal_features_match_once(products):
     a = drawn(1, 64).expand(300, 64)
     assert as_dict(match(a, a)) == {(0, 0): 1.0}
