@@ -290,3 +290,17 @@ def test_weights_that_were_open_are_so_again(host):
     with torch.inference_mode(), training(*parts):
         assert not any(flags())
     assert flags() == before
+
+
+def test_memory_is_unpinned_before_a_weight_leaves_it():
+    """The host pins it by address (ModelPatcher.unpin_all_weights)."""
+    from concepts.host.gradients import needs_thaw, thaw
+
+    model, seen = tiny("sd15").model, []
+    before = list(model.model.parameters())
+    model.unpin_all_weights = lambda: seen.append(
+        [a is b for a, b in zip(model.model.parameters(), before, strict=True)]
+    )
+    thaw(model)
+    assert len(seen) == 1 and all(seen[0])
+    assert not any(a is b or needs_thaw(a) for a, b in zip(model.model.parameters(), before, strict=True))

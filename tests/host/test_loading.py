@@ -164,3 +164,26 @@ def test_weights_are_counted_against_what_is_free(monkeypatch):
         loading.fits(both)
     monkeypatch.setattr(loading, "missing", lambda patchers, device: 0)
     assert loading.fits(both), "they are there already"
+
+
+def test_others_are_unloaded_while_they_can_be_moved(monkeypatch):
+    """In inference mode; what learns stays, and room is made on its devices besides the CPU."""
+    import comfy.model_management as management
+
+    from concepts.host.loading import make_room
+
+    made, other, gpu, asked = tiny("sd15"), tiny("sd15"), torch.device("cuda", 0), []
+    made.model.load_device = gpu
+    loaded = [
+        SimpleNamespace(model=m, real_model=lambda: 0) for m in (made.model.clone(), other.model, made.clip.patcher)
+    ]
+    monkeypatch.setattr(management, "current_loaded_models", loaded)
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: 7)
+    monkeypatch.setattr(
+        management, "free_memory", lambda *given, **more: asked.append((torch.is_inference_mode_enabled(), given, more))
+    )
+    with torch.inference_mode(False):
+        make_room([made.model, made.clip.patcher], 1000.0)
+    ((inside, (needed, device), more),) = asked
+    assert inside and device == gpu and more == {"keep_loaded": [loaded[0], loaded[2]]}
+    assert needed == pytest.approx(1.1 * (made.model.model_size() - made.model.loaded_size()) + 1007)
