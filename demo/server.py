@@ -47,19 +47,18 @@ def lead(link: Path, target: Path) -> None:
 
 
 class Server:
-    """ComfyUI's ``main.py`` as a process of its own on a free port.
+    """ComfyUI's ``main.py`` as a process of its own on a free port, with this pack as its only custom node.
 
     Args:
         host: folder of a ComfyUI.
         base: folder that takes its models, inputs, outputs and log; made when missing.
         args: further flags of ``main.py``.
         cpu: keep off the GPU.
-        pack: folder loaded as the only custom node, or None for a bare host.
     """
 
-    def __init__(self, host: Path, base: Path, args: tuple[str, ...] = (), cpu: bool = True, pack: Path | None = PACK):
+    def __init__(self, host: Path, base: Path, args: tuple[str, ...] = (), cpu: bool = True):
         self.host, self.base = Path(host).resolve(), Path(base).resolve()
-        self.args, self.cpu, self.pack = args, cpu, pack
+        self.args, self.cpu = args, cpu
         self.process = None
         self.port = 0
 
@@ -83,8 +82,7 @@ class Server:
         """
         for name in FOLDERS:
             self.folder(name).mkdir(parents=True, exist_ok=True)
-        if self.pack:
-            lead(self.folder("custom_nodes") / "concept-carriers", self.pack)
+        lead(self.folder("custom_nodes") / "concept-carriers", PACK)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

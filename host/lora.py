@@ -75,8 +75,8 @@ def start(model, chosen: Mapping[str, str], rank: int, seed: int) -> dict[str, t
 
 
 @contextlib.contextmanager
-def beside(model, chosen: Mapping[str, str], factors: Callable[[], Mapping[str, torch.Tensor]], scale: float = 1.0):
-    """Adds scale * up(down(x)) to the output of each chosen layer while the context is open.
+def beside(model, chosen: Mapping[str, str], factors: Callable[[], Mapping[str, torch.Tensor]]):
+    """Adds up(down(x)) * alpha / rank to the output of each chosen layer while the context is open.
 
     ``factors`` is asked at every call; layers it does not hold stay as they are, and alpha is the rank where it is
     missing. Gradients flow into the factors, and through them into x; the product is taken in the type of x.
@@ -89,7 +89,7 @@ def beside(model, chosen: Mapping[str, str], factors: Callable[[], Mapping[str, 
             if name + delta.UP not in now:
                 return None
             x, down = args[0], now[name + delta.DOWN]
-            size = scale * float(now[name + delta.ALPHA]) / len(down) if name + delta.ALPHA in now else scale
+            size = float(now[name + delta.ALPHA]) / len(down) if name + delta.ALPHA in now else 1.0
             low = F.linear(x, down.to(x))
             return out + size * F.linear(low, now[name + delta.UP].to(x)).to(out.dtype)
 

@@ -11,6 +11,8 @@ from .pictures import batch
 
 LABEL = 16
 """Height of a line of text in pixels."""
+SIDE = 256
+"""Longest side of a picture out of a latent, in pixels, unless the latent's is longer."""
 HOT = torch.tensor([[0.0, 0.0, 0.3], [0.2, 0.3, 0.9], [0.1, 0.8, 0.6], [1.0, 0.9, 0.1], [0.9, 0.1, 0.0]])
 """Colours from no attention to the map's highest value."""
 
@@ -50,11 +52,11 @@ def _spread(one: torch.Tensor) -> torch.Tensor:
     return (one - low) / (high - low).clamp_min(1e-12)
 
 
-def background(latent_format, latent: torch.Tensor, side: int = 256) -> torch.Tensor:
+def background(latent_format, latent: torch.Tensor) -> torch.Tensor:
     """A picture [h, w, 3] of a model-space latent [1, c, h, w] by the family's colour factors; grey without them."""
     factors, bias = latent_format.latent_rgb_factors, getattr(latent_format, "latent_rgb_factors_bias", None)
     height, width = latent.shape[-2:]
-    grow = max(1, side // max(height, width))
+    grow = max(1, SIDE // max(height, width))
     if factors is None or len(factors) != latent.shape[1]:
         return torch.full((height * grow, width * grow, 3), 0.5)
     colour = latent[0].float().cpu().movedim(0, -1) @ torch.tensor(factors).float()

@@ -6,17 +6,20 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+WIDTH = 640
+"""Of curves and bars in pixels."""
+
 
 def batch(images: list[Image.Image]) -> torch.Tensor:
     """PIL pictures of one size -> IMAGE [n, h, w, 3] or MASK [n, h, w], 0..1."""
     return torch.from_numpy(np.stack([np.asarray(i) for i in images]).astype(np.float32) / 255)
 
 
-def loss_curve(losses: list[float], title: str, width: int = 640, height: int = 360) -> torch.Tensor:
-    """Losses and their running mean over 5% of the run -> IMAGE [1, height, width, 3]; nan leaves a gap."""
-    image = Image.new("RGB", (width, height), (250, 250, 250))
+def loss_curve(losses: list[float], title: str, height: int = 360) -> torch.Tensor:
+    """Losses and their running mean over 5% of the run -> IMAGE [1, height, WIDTH, 3]; nan leaves a gap."""
+    image = Image.new("RGB", (WIDTH, height), (250, 250, 250))
     draw = ImageDraw.Draw(image)
-    left, top, right, bottom = 56, 28, width - 14, height - 30
+    left, top, right, bottom = 56, 28, WIDTH - 14, height - 30
     known = np.isfinite(losses)
     low, high = np.min(losses, where=known, initial=np.inf), np.max(losses, where=known, initial=-np.inf)
     span = (high - low) or 1.0
@@ -53,17 +56,17 @@ def loss_curves(named: dict[str, list[float]], title: str) -> torch.Tensor:
     return torch.cat([loss_curve(v, f"{title} {k}".strip(), height=height) for k, v in named.items()], 1)
 
 
-def bars(rows: list[tuple[str, float]], title: str, width: int = 640, adapt: bool = False) -> torch.Tensor:
-    """Labelled horizontal bars for values in 0..1, or up to their largest (``adapt``) -> IMAGE [1, h, width, 3]."""
+def bars(rows: list[tuple[str, float]], title: str, adapt: bool = False) -> torch.Tensor:
+    """Labelled horizontal bars for values in 0..1, or up to their largest (``adapt``) -> IMAGE [1, h, WIDTH, 3]."""
     most = max([1e-12, *(value for _, value in rows)]) if adapt else 1.0
-    image = Image.new("RGB", (width, 40 + 20 * max(1, len(rows))), (250, 250, 250))
+    image = Image.new("RGB", (WIDTH, 40 + 20 * max(1, len(rows))), (250, 250, 250))
     draw = ImageDraw.Draw(image)
     draw.text((12, 10), title, fill=(30, 30, 30))
     for number, (label, value) in enumerate(rows):
         y = 34 + 20 * number
         draw.text((12, y), label.encode("latin-1", "replace").decode("latin-1"), fill=(30, 30, 30))
         draw.rectangle(
-            [220, y + 1, 220 + (width - 300) * max(0.0, min(1.0, value / most)), y + 13], fill=(70, 130, 190)
+            [220, y + 1, 220 + (WIDTH - 300) * max(0.0, min(1.0, value / most)), y + 13], fill=(70, 130, 190)
         )
-        draw.text((width - 66, y), f"{value:.3g}" if adapt else f"{value:.3f}", fill=(90, 90, 90))
+        draw.text((WIDTH - 66, y), f"{value:.3g}" if adapt else f"{value:.3f}", fill=(90, 90, 90))
     return batch([image])

@@ -91,9 +91,9 @@ class ToyTokenizer(comfy.sd1_clip.SD1Tokenizer):
         self.clip_l.embedding_size = WIDTH
 
 
-def initial_table(rows: int = 49408) -> torch.Tensor:
-    """Seeded initial token embedding [rows, WIDTH]; also what an unstored row holds."""
-    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(49408)) * 0.1
+def initial_table() -> torch.Tensor:
+    """Seeded initial token embedding [49408, WIDTH]; also what an unstored row holds."""
+    return torch.randn(49408, WIDTH, generator=torch.Generator().manual_seed(49408)) * 0.1
 
 
 def build_model(latent: ToyLatent | None = None) -> comfy.model_patcher.ModelPatcher:

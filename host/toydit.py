@@ -61,9 +61,9 @@ class ToyFluxTokenizer(comfy.text_encoders.flux.FluxTokenizer):
         self.t5xxl.embedding_size, self.t5xxl.min_length = T5_WIDTH, TOKENS
 
 
-def initial_table(rows: int = 32128) -> torch.Tensor:
-    """Seeded initial token embedding [rows, T5_WIDTH]; also what an unstored row holds."""
-    return torch.randn(rows, T5_WIDTH, generator=torch.Generator().manual_seed(rows))
+def initial_table() -> torch.Tensor:
+    """Seeded initial token embedding [32128, T5_WIDTH]; also what an unstored row holds."""
+    return torch.randn(32128, T5_WIDTH, generator=torch.Generator().manual_seed(32128))
 
 
 def build_model(latent: ToyLatent | None = None) -> comfy.model_patcher.ModelPatcher:

@@ -134,9 +134,9 @@ def attend(q, k, v, heads: int, columns: torch.Tensor, follow_queries: bool = Fa
     return out.transpose(1, 2).flatten(2), maps
 
 
-def attention_columns(q, k, heads: int, columns: torch.Tensor, follow_queries: bool = True) -> torch.Tensor:
+def attention_columns(q, k, heads: int, columns: torch.Tensor) -> torch.Tensor:
     """Chosen columns [b, n, c] of softmax(q k^T / sqrt(d)), softmax over all keys, mean over heads; shapes as above."""
-    return attend(q, k, k[..., :0], heads, columns, follow_queries)[1]
+    return attend(q, k, k[..., :0], heads, columns, True)[1]
 
 
 def _difference(q, k, reference, columns, of_reference, kind):

@@ -27,11 +27,11 @@ def principal(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     return mean.to(rows), found.to(rows)
 
 
-def spread(values: torch.Tensor, low: float = 0.02, high: float = 0.98) -> torch.Tensor:
-    """Each column of values [n, k] to 0..1, its quantiles ``low`` and ``high`` to 0 and 1; constant columns to 0.5."""
+def spread(values: torch.Tensor) -> torch.Tensor:
+    """Each column of values [n, k] to 0..1, its quantiles 0.02 and 0.98 to 0 and 1; constant columns to 0.5."""
     ends = values.sort(0).values
     last = len(values) - 1
-    bottom, top = ends[round(low * last)], ends[round(high * last)]
+    bottom, top = ends[round(0.02 * last)], ends[round(0.98 * last)]
     flat = top - bottom <= 1e-12
     found = ((values - bottom) / torch.where(flat, torch.ones_like(top), top - bottom)).clamp(0, 1)
     return torch.where(flat, torch.full_like(found, 0.5), found)
