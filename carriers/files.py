@@ -199,11 +199,6 @@ def is_own(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     return any(k.startswith(OWN) for k in (*tensors, *metadata))
 
 
-def read_concept(path: Path) -> Concept:
-    """Reads a file of this pack. Raises: CarrierFileError for anything else, damaged or newer."""
-    return from_parts(*parse(read_bytes(path), path), path)
-
-
 def verify(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path) -> None:
     """Raises: CarrierFileError unless this pack wrote it, in a format that is known, and it is undamaged."""
     version = metadata.get(OWN + "format")

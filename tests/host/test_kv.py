@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from concepts.carriers.errors import CarrierMismatch
-from concepts.carriers.files import read_concept, write_concept
+from concepts.carriers.files import write_concept
+from concepts.carriers.foreign import read_any
 
 from .test_learn import ordinary_entry, same, sampled, weights
 from .tiny import tiny
@@ -69,7 +70,7 @@ def test_the_first_step_starts_at_the_class_word(toy, mug_set, mapper):
 def test_continued_equals_one_run(toy, mug_set, changes, tmp_path):
     whole, first = learn(toy, mug_set, **changes), learn(toy, mug_set, **changes, steps=2)
     write_concept(first.concept, tmp_path / "first.safetensors")
-    rest = learn(toy, mug_set, read_concept(tmp_path / "first.safetensors"), **changes, steps=1)
+    rest = learn(toy, mug_set, read_any(tmp_path / "first.safetensors"), **changes, steps=1)
     assert same(whole.concept.tensors, rest.concept.tensors) and same(whole.concept.state, rest.concept.state)
     assert whole.losses == rest.losses and whole.terms == rest.terms
     roles = 1 if changes.get("split") is False else 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from concepts.carriers.errors import CarrierMismatch
-from concepts.carriers.files import read_concept
+from concepts.carriers.foreign import read_any
 from concepts.kernels.fit import Diverged
 
 from .tiny import tiny
@@ -81,7 +81,7 @@ def test_continued_equals_one_run(toy, mug_set, changes, tmp_path):
     whole = learn(toy, mug_set, steps=5, **changes)
     first = learn(toy, mug_set, steps=3, **changes)
     write_concept(first.concept, tmp_path / "first.safetensors")
-    rest = learn(toy, mug_set, earlier=read_concept(tmp_path / "first.safetensors"), steps=2, **changes)
+    rest = learn(toy, mug_set, earlier=read_any(tmp_path / "first.safetensors"), steps=2, **changes)
     assert same(whole.concept.tensors, rest.concept.tensors)
     assert same(whole.concept.state, rest.concept.state)
     assert whole.losses == rest.losses and len(whole.losses) == 5
@@ -124,7 +124,7 @@ def test_interrupts_keep_the_concept_and_the_host(toy, mug_set, monkeypatch):
             learn(toy, mug_set, steps=12)
         monkeypatch.setattr(learning.Progress, "show", show)
         (file,) = set(fresh.saved.parent.iterdir()) - there
-        kept = read_concept(file)
+        kept = read_any(file)
         assert kept.info["steps"] == stop
         assert kept.state["losses"].tolist() == fresh.losses[:stop]
         assert same(weights(toy), before) and torch.equal(sampled(toy), picture)
@@ -179,7 +179,7 @@ def test_an_interrupt_behind_the_last_step_keeps_the_run(toy, mug_set, monkeypat
     with pytest.raises(management.InterruptProcessingException):
         learn(toy, mug_set, steps=1)
     (file,) = set(folders.output("autosave").glob("*")) - there
-    assert read_concept(file).info["steps"] == 1
+    assert read_any(file).info["steps"] == 1
 
 
 def broken_at(monkeypatch, *numbers):
@@ -212,7 +212,7 @@ def test_a_diverging_run_keeps_a_state_that_gave_a_finite_loss(toy, mug_set, mon
     said, (file,) = left_by(lambda: learn(toy, mug_set, steps=9, save_every=save_every))
     assert f"at step 4 (loss nan). Step 2 is the last one known to be good. It is in {file.name} " in said
     assert said.endswith("Continue from it with a lower learning rate.")
-    kept = read_concept(file)
+    kept = read_any(file)
     assert kept.info["steps"] == 2 and same(kept.tensors, whole.concept.tensors)
     assert same(kept.state, whole.concept.state)
     monkeypatch.undo()
@@ -225,7 +225,7 @@ def test_a_large_module_is_copied_now_and_then(toy, mug_set, monkeypatch):
     monkeypatch.setattr(learning, "COPIED", 12 * 128 // 2)  # two vectors and their moments: every third step
     broken_at(monkeypatch, 6)
     said, (file,) = left_by(lambda: learn(toy, mug_set, steps=9, save_every=0))
-    assert "Step 3 is the last" in said and read_concept(file).info["steps"] == 3
+    assert "Step 3 is the last" in said and read_any(file).info["steps"] == 3
 
 
 @pytest.mark.parametrize("number, advice", [(1, "check the pictures and the model"), (2, "Start again with a lower")])
@@ -253,7 +253,7 @@ def test_a_last_step_that_breaks_the_model_keeps_the_one_before(toy, mug_set, mo
     )
     said, files = left_by(lambda: learn(toy, mug_set, steps=steps))
     assert f"The loss on fixed noise is not finite after step {steps}" in said and "lower learning rate" in said
-    assert [read_concept(f).info["steps"] for f in files] == [number] * bool(number)
+    assert [read_any(f).info["steps"] for f in files] == [number] * bool(number)
 
 
 def test_a_model_that_gives_no_finite_loss_is_named_before_learning(toy, mug_set, monkeypatch):
@@ -435,7 +435,7 @@ def test_running_out_of_memory_says_what_to_lower_and_keeps_the_concept(toy, mug
         learn(toy, mug_set, steps=4)
     monkeypatch.undo()
     (file,) = set(fresh.saved.parent.iterdir()) - there
-    kept = read_concept(file)
+    kept = read_any(file)
     assert kept.info["steps"] == 3 and kept.state["losses"].tolist() == fresh.losses[:3]
     assert same(learn(toy, mug_set, earlier=kept, steps=1).concept.tensors, fresh.concept.tensors)
 

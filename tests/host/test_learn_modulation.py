@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from concepts.carriers.errors import CarrierMismatch
-from concepts.carriers.files import read_concept, write_concept
+from concepts.carriers.files import write_concept
+from concepts.carriers.foreign import read_any
 from concepts.carriers.modulation import words as cached_of
 
 from .test_learn import same
@@ -194,7 +195,7 @@ def test_continued_equals_one_run(made, changes, tmp_path):
     whole = learn(made, others=kept, steps=5, shared_steps=2, **changes)
     first = learn(made, others=kept, steps=3, shared_steps=2, **changes)
     write_concept(first.concept, tmp_path / "first.safetensors")
-    earlier = read_concept(tmp_path / "first.safetensors")
+    earlier = read_any(tmp_path / "first.safetensors")
     rest = learn(made, others=kept, earlier=earlier, steps=2, shared_steps=2, **changes)
     assert same(whole.concept.tensors, rest.concept.tensors) and same(whole.concept.state, rest.concept.state)
     assert whole.losses == rest.losses
@@ -206,7 +207,7 @@ def test_a_coded_concept_continues_and_survives_its_file(flux, tmp_path):
     given = {"codes": codes, "captions": "a [hat] on a [coat]", "shared_steps": 2}
     whole, first = (learn(flux, steps=n, **given) for n in (5, 3))
     write_concept(first.concept, tmp_path / "first.safetensors")
-    rest = learn(flux, earlier=read_concept(tmp_path / "first.safetensors"), steps=2, **given)
+    rest = learn(flux, earlier=read_any(tmp_path / "first.safetensors"), steps=2, **given)
     assert same(whole.concept.tensors, rest.concept.tensors) and whole.losses == rest.losses
     info, kept = whole.concept.info, whole.concept.tensors["reading.kept"]
     assert (
@@ -287,8 +288,8 @@ def test_an_interrupt_keeps_the_concept_and_the_host(flux, monkeypatch):
         learn(flux, steps=9, seed=11)
     monkeypatch.undo()
     newest = max(folders.output("autosave").glob("p*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
-    assert read_concept(newest).info["steps"] == 3 and hooks(flux) == 0
-    rest = learn(flux, earlier=read_concept(newest), steps=6, seed=11)
+    assert read_any(newest).info["steps"] == 3 and hooks(flux) == 0
+    rest = learn(flux, earlier=read_any(newest), steps=6, seed=11)
     assert same(rest.concept.tensors, learn(flux, steps=9, seed=11).concept.tensors)
 
 
@@ -362,7 +363,7 @@ def test_the_graph_learns_saves_loads_and_draws(flux, tmp_path):
         assert "hat: a direction for each of 6 blocks" in report and "isolation loss" in report
         assert curve.ndim == 4 and len(losses["loss"]) == 3 and latents["samples"].shape[1:] == (16, 8, 8)
         write_concept(concept, tmp_path / "picture1.safetensors")
-        read = replace(read_concept(tmp_path / "picture1.safetensors"), name="other")
+        read = replace(read_any(tmp_path / "picture1.safetensors"), name="other")
         made = [
             EncodePrompt.execute(flux.clip, f"a <{c.name}:hat:2>", 0.5, {"concept0": c}, **more).args[0]
             for c, more in ((concept, {}), (read, {}), (read, {"directions": "cached"}))

@@ -10,7 +10,8 @@ import torch
 from concepts.carriers.concept import Concept
 from concepts.carriers.delta import ALPHA, DOWN, UP, layers
 from concepts.carriers.errors import CarrierMismatch
-from concepts.carriers.files import read_concept, write_concept
+from concepts.carriers.files import write_concept
+from concepts.carriers.foreign import read_any
 
 from .test_gradients import out_of_place
 from .test_learn import same, sampled, weights
@@ -234,7 +235,7 @@ def test_continued_equals_one_run(toy, mug_set, changes, tmp_path, monkeypatch):
     whole = learn(toy, mug_set, steps=5, **given)
     first = learn(toy, mug_set, steps=3, **given)
     write_concept(first.concept, tmp_path / "first.safetensors")
-    rest = learn(toy, mug_set, earlier=read_concept(tmp_path / "first.safetensors"), steps=2, **given)
+    rest = learn(toy, mug_set, earlier=read_any(tmp_path / "first.safetensors"), steps=2, **given)
     assert same(whole.concept.tensors, rest.concept.tensors)
     assert same(whole.concept.state, rest.concept.state)
     assert whole.losses == rest.losses and len(whole.losses) == 5
@@ -303,7 +304,7 @@ def test_an_interrupt_leaves_model_and_concept(toy, mug_set, monkeypatch):
         learn(toy, mug_set, steps=6)
     monkeypatch.setattr(learning.Progress, "show", show)
     (file,) = set(fresh.saved.parent.iterdir()) - there
-    kept = read_concept(file)
+    kept = read_any(file)
     assert kept.info["steps"] == 3 and kept.state["losses"].tolist() == fresh.losses[:3]
     assert same(weights(toy), before) and torch.equal(sampled(toy), picture)
     assert not any(m._forward_hooks for m in toy[0].model.modules())
@@ -412,7 +413,7 @@ def test_rows_per_layer_and_stage_are_learned_against(toy, mug_set, tmp_path):
     deep = fitted(rows(shape=(2, len(names), 1), layers=names), toy_width(toy))
     done = learn(toy, mug_set, tokens=deep, token_text="")
     write_concept(done.concept, tmp_path / "deep.safetensors")
-    kept = as_tokens(read_concept(tmp_path / "deep.safetensors"))
+    kept = as_tokens(read_any(tmp_path / "deep.safetensors"))
     assert torch.equal(kept.tensors["clip_l"], deep.tensors["clip_l"]) and kept.info["layers"] == names
     made = tiny("flux")
     with pytest.raises(CarrierMismatch, match="no cross-attention"):
@@ -484,7 +485,8 @@ def test_a_name_that_the_host_would_read_elsewhere_is_taken(host, tmp_path, monk
     """It looks into models before output, and into the pack's examples last."""
     import folder_paths
 
-    from concepts.carriers.files import read_concept, write_concept, write_new
+    from concepts.carriers.files import write_concept, write_new
+    from concepts.carriers.foreign import read_any
     from concepts.host import folders
 
     places = [tmp_path / "models", tmp_path / "output", tmp_path / "examples"]
@@ -493,7 +495,7 @@ def test_a_name_that_the_host_would_read_elsewhere_is_taken(host, tmp_path, monk
     write_concept(rows(), places[2] / "cup.safetensors")
     for name, expected in (("mug", "mug_2"), ("cup", "cup_2"), ("hat", "hat"), ("hat", "hat_2")):
         path = write_new(rows(), places[1], name, taken=folders.shadowed)
-        assert path == places[1] / f"{expected}.safetensors" and read_concept(path).name == "mug"
+        assert path == places[1] / f"{expected}.safetensors" and read_any(path).name == "mug"
     assert not folders.shadowed(tmp_path / "elsewhere" / "mug.safetensors")
     monkeypatch.delitem(folder_paths.folder_names_and_paths, folders.KIND)
     assert not folders.shadowed(places[1] / "mug.safetensors"), "as in benchmarks, which no host has started"

@@ -7,7 +7,8 @@ import torch
 
 from concepts.carriers.concept import Concept
 from concepts.carriers.errors import CarrierMismatch
-from concepts.carriers.files import read_concept, write_concept
+from concepts.carriers.files import write_concept
+from concepts.carriers.foreign import read_any
 
 from .test_learn import ordinary_entry, same
 from .test_variants import UNETS, near, prompt, recorded, sample
@@ -58,7 +59,7 @@ def test_learn_save_load_sample(unet, mug, tmp_path):
         fixed = key.endswith("frequencies")
         assert torch.equal(value, fresh.tensors[key]) == fixed, f"{key} was {'' if fixed else 'not '}learned"
     write_concept(mug, tmp_path / "mug.safetensors")
-    loaded = read_concept(tmp_path / "mug.safetensors")
+    loaded = read_any(tmp_path / "mug.safetensors")
     drawn = sample(unet, prompt(unet, "a photo of <mug>", loaded))
     assert torch.isfinite(drawn).all()
     assert not torch.equal(drawn, sample(unet, prompt(unet, "a photo of mug")))
@@ -113,7 +114,7 @@ def test_continued_equals_one_run(toy, mug_set, tmp_path):
     whole = learn(*toy[:2], mug_set, steps=5, accumulate=2)
     first = learn(*toy[:2], mug_set, steps=3, accumulate=2)
     write_concept(first.concept, tmp_path / "first.safetensors")
-    rest = learn(*toy[:2], mug_set, read_concept(tmp_path / "first.safetensors"), steps=2, accumulate=2)
+    rest = learn(*toy[:2], mug_set, read_any(tmp_path / "first.safetensors"), steps=2, accumulate=2)
     assert same(whole.concept.tensors, rest.concept.tensors) and same(whole.concept.state, rest.concept.state)
     assert whole.losses == rest.losses and whole.concept.info["norms"] == rest.concept.info["norms"]
 

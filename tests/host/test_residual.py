@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from concepts.carriers.errors import CarrierMismatch
-from concepts.carriers.files import parse, read_bytes, read_concept, write_concept
+from concepts.carriers.files import parse, read_bytes, write_concept
+from concepts.carriers.foreign import read_any
 from concepts.kernels.draws import generator, times
 
 from .tiny import tiny
@@ -207,7 +208,7 @@ def test_continued_equals_one_run(toy, mug_set, changes, tmp_path):
     whole, all_of_it = learn(toy, mug_set, steps=3, **changes)
     first, _ = learn(toy, mug_set, steps=2, **changes)
     write_concept(first.concept, tmp_path / "first.safetensors")
-    rest, residuals = learn(toy, mug_set, read_concept(tmp_path / "first.safetensors"), steps=1, **changes)
+    rest, residuals = learn(toy, mug_set, read_any(tmp_path / "first.safetensors"), steps=1, **changes)
     for a, b in zip([whole.concept, *all_of_it], [rest.concept, *residuals], strict=True):
         assert all(torch.equal(v, b.tensors[k]) for k, v in a.tensors.items()) and a.name == b.name
     assert whole.concept.state.keys() == rest.concept.state.keys()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from concepts.carriers.errors import CarrierError, CarrierMismatch
-from concepts.carriers.files import read_concept
+from concepts.carriers.foreign import read_any
 
 from .test_learn import growth, learn, same, settings, weights
 from .tiny import FAMILIES, tiny
@@ -58,8 +58,8 @@ def test_an_interrupt_keeps_what_any_learner_has_done(toy, mug_set, kind, monkey
         run(4)
     monkeypatch.setattr(learning.Progress, "show", show)
     (file,) = set(folders.output("autosave").iterdir()) - there
-    kept = read_concept(file)
-    assert read_concept(whole.saved).info["steps"] == 4
+    kept = read_any(file)
+    assert read_any(whole.saved).info["steps"] == 4
     assert kept.info["steps"] == 2 and same(weights(toy), before) and not management.in_training
     rest = run(2, kept)
     assert same(rest.concept.tensors, whole.concept.tensors) and same(rest.concept.state, whole.concept.state)

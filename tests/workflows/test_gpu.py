@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from concepts.carriers.files import read_concept
+from concepts.carriers.foreign import read_any
 
 from .test_run import graph, pixels, run
 
@@ -110,7 +110,7 @@ def test_learning_between_two_drawings(served):
     first = picture()
     for which in ("tokens", "lora"):
         run(client, learning(which))
-        concept = read_concept(server.folder("output") / "concepts" / f"{which}.safetensors")
+        concept = read_any(server.folder("output") / "concepts" / f"{which}.safetensors")
         assert all(bool(t.isfinite().all()) for t in concept.tensors.values())
         assert concept.info["steps"] == 4
         assert (picture() == first).all(), f"the picture after {which}"

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from concepts.carriers.files import parse, read_concept
+from concepts.carriers.files import parse
+from concepts.carriers.foreign import read_any
 
 API = Path(__file__).resolve().parents[2] / "workflows" / "api"
 
@@ -61,7 +62,7 @@ def test_learn_and_use(client, server):
     assert result["lines"][save] == [f"{said}\n{where}"], "the page shows no other text on a node"
     assert result["lines"][learner][-1] == "\n".join(text.splitlines()[:2]).replace("<novel>", "novel")
     assert Path(where).samefile(file)
-    assert read_concept(file).info["steps"] == 8
+    assert read_any(file).info["steps"] == 8
     assert json.loads(parse(file.read_bytes(), file)[1]["prompt"]).keys() == made.keys()
 
 
@@ -124,12 +125,12 @@ def test_cancel_keeps_the_concept_and_the_next_run_is_fresh(client, server, exac
 
     assert client.queue(made, on_event=cancel)["status"] == "interrupted"
     (kept,) = (server.folder("output") / "concepts" / "autosave").glob("cancelled.safetensors")
-    partial = read_concept(kept)
+    partial = read_any(kept)
     assert pressed[0] <= partial.info["steps"] < 4000
     again = learning("again", seed=5)
     again["4"]["inputs"] |= {"steps": partial.info["steps"], "name": "cancelled"}
     saved = run(client, again)["outputs"]["10"]["text"][0].split()[-1]
-    fresh = read_concept(server.folder("output") / saved)
+    fresh = read_any(server.folder("output") / saved)
     assert fresh.info["steps"] == partial.info["steps"]
     assert not exact or all((fresh.tensors[k] == v).all() for k, v in partial.tensors.items())
 
@@ -141,7 +142,7 @@ def test_continue_from_a_loaded_concept(client, server):
     made["20"] = {"class_type": "ConceptLoadCarrier", "inputs": {"file": "concepts/onward.safetensors", "name": ""}}
     saved = run(client, made)["outputs"]["10"]["text"][0].split()[-1]
     assert saved == "concepts/onward_2.safetensors"
-    assert read_concept(server.folder("output") / saved).info["steps"] == 12
+    assert read_any(server.folder("output") / saved).info["steps"] == 12
 
 
 @pytest.mark.slow
@@ -170,7 +171,7 @@ def test_every_learner_learns_saves_and_draws(client, server, which):
     for key in keys(made, "ConceptSaveCarrier"):
         folder, name = result["outputs"][key]["text"][0].removeprefix("saved ").split("/")
         place = server.folder("models" if folder == "loras" else "output") / folder / name
-        assert read_concept(place).info.get("steps", 3) == 3  # a mix has none
+        assert read_any(place).info.get("steps", 3) == 3  # a mix has none
     if which == "4_":
         assert len(result["outputs"][keys(made, "SaveImage")[-1]]["images"]) == 5, "a picture per residual"
 
@@ -310,7 +311,7 @@ def test_learn_on_my_own_checkpoint(host, client, server):
         node["inputs"] |= small.get(node["class_type"], {})
     result = run(client, made)
     assert result["outputs"][keys(made, "ConceptSaveCarrier")[0]]["text"][0] == "saved embeddings/novel.safetensors"
-    assert read_concept(server.folder("models") / "embeddings" / "novel.safetensors").tensors["clip_l"].shape[-1] == 768
+    assert read_any(server.folder("models") / "embeddings" / "novel.safetensors").tensors["clip_l"].shape[-1] == 768
     assert pixels(client, result, keys(made, "SaveImage")[0]).shape == (64, 64, 3)
     for node in made.values():
         if node["class_type"].startswith("ConceptLearn"):
