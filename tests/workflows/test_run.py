@@ -119,8 +119,9 @@ def test_cancel_keeps_the_concept_and_the_next_run_is_fresh(client, server, exac
     made["4"]["inputs"]["steps"] = 4000
 
     def cancel(event):
-        if event["type"] == "progress" and event["data"]["value"] >= 3 and not pressed:
-            pressed.append(event["data"]["value"])
+        data = event["data"]
+        if event["type"] == "progress" and str(data["node"]) == "4" and data["value"] >= 3 and not pressed:
+            pressed.append(data["value"])
             client.interrupt()
 
     assert client.queue(made, on_event=cancel)["status"] == "interrupted"
