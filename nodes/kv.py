@@ -60,7 +60,7 @@ class LearnKV(io.ComfyNode):
                     default=0.003,
                     min=0.0,
                     max=100.0,
-                    step=0.0001,
+                    step=1e-5,
                     tooltip="lambda of the attention loss: 0.003 in the paper, which compares 0.0001 to 0.05; higher "
                     "follows prompts more and the picture less. 0 turns it off.",
                 ),
