@@ -1,4 +1,4 @@
-"""``nox -s bench -- CASE``: measurements that the README quotes.
+"""``nox -s bench -- CASE``: measurements that bench/README.md quotes.
 
 Cases: ti_vs_diffusers, prism_vs_script, lora_vs_core (a learning step against others' code on the same weights),
 core_gradients (of the core's trainer), match_vs_kornia (pairs of cells of two feature grids), refine_cost (passes of
