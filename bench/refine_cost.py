@@ -142,6 +142,7 @@ def main(options, rest) -> int:
             products.append(reference())
             passes = {k: [s / unit for s, unit in zip(v, units[1:], strict=True)] for k, v in seconds.items()}
             table[f"ensemble {ensemble}"] = {
+                "seconds": seconds,
                 "passes": passes,
                 "forward": units[1:],
                 "times faster": {k: ratio(seconds["separate"], seconds[k]) for k in ("together", "kept")},
