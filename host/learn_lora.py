@@ -1,9 +1,11 @@
 """Low-rank weight deltas learned from pictures: DreamBooth (arXiv 2208.12242) with LoRA (arXiv 2106.09685).
 
 With frozen rows of a learned concept and of each picture's residual in the prompts it is the second stage of
-ConceptPrism; with keys and values of cross-attention only it changes what Custom Diffusion (arXiv 2212.04488) changes.
+ConceptPrism; with keys and values of cross-attention only it changes what Custom Diffusion (arXiv 2212.04488) changes;
+with a slot it is Orthogonal Adaptation (arXiv 2312.02432).
 """
 
+from collections import ChainMap
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,7 +15,7 @@ from ..carriers import delta
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from ..carriers.files import LARGEST
-from ..kernels.draws import times
+from ..kernels.draws import slot_rows, times
 from ..kernels.fit import Adam
 from . import lora
 from .captions import Prompts
@@ -42,6 +44,8 @@ class LoraSettings(RunSettings):
     prior_weight: float = 1.0
     attention_weight: float = 0.0
     """Of AttnDreamBooth's attention loss; 0 takes no maps."""
+    slot: int = 0
+    """Whose directions of a shared basis the layers read; 0: any, which are learned."""
     decay: float = 0.01
     clip: float = 1.0
 
@@ -86,6 +90,11 @@ class LoraSession(Session):
         joiner = " with " if all(r.info.get("joined", True) for r in residuals) else " "
         self.captions = captions(data, settings, self.tokens is not None, len(residuals), joiner)
         self.kept: dict = {}
+        self.fixed: dict[str, torch.Tensor] = {}
+        if earlier and (before := earlier.info.get("slot", 0)) != settings.slot:
+            raise CarrierMismatch(f"Concept <{earlier.name}> was learned with slot {before}; continue with that one.")
+        if settings.slot:
+            slot_rows(lora.narrowest(model, self.chosen), settings.rank, settings.slot)  # raises before class pictures
         if settings.attention_weight:
             self._check_attention(len(residuals))
         if (self.prior or settings.class_pictures) and settings.prior_weight:
@@ -137,15 +146,20 @@ class LoraSession(Session):
             self.held = ClassAttention(encoders(self.clip)[0], self.prompts, texts, word, "moments", "half")
         if self.prior:
             self.clean += [self.denoiser.clean(ordinary(latent)[None]) for latent in self.prior.latents]
-        return (lora.start(self.model, self.chosen, s.rank, s.seed), Adam(s.learning_rate, decay=s.decay, clip=s.clip))
+        start = lora.start(self.model, self.chosen, s.rank, s.seed, s.slot)
+        if s.slot:
+            self.fixed = {k: start.pop(k) for k in list(start) if k.endswith(delta.DOWN)}
+            if self.earlier:
+                self.fixed |= {k: v.to(self.fixed[k]) for k, v in self.earlier.tensors.items() if k in self.fixed}
+        return start, Adam(s.learning_rate, decay=s.decay, clip=s.clip)
 
     def attached(self):
         """The factors beside the model's layers; none before they are there."""
-        return lora.beside(self.model, self.chosen, lambda: getattr(self, "parameters", {}))
+        return lora.beside(self.model, self.chosen, lambda: ChainMap(getattr(self, "parameters", {}), self.fixed))
 
     def tensors(self):
         """Factors with alpha = rank, and the rows that prompts need."""
-        found = dict(self.parameters)
+        found = {**self.fixed, **self.parameters}
         found |= {name + delta.ALPHA: torch.tensor(float(self.settings.rank)) for name in self.chosen}
         bundle = self.tokens.tensors if self.tokens else {}
         return found | {f"{delta.BUNDLE}{self.settings.name}.{key}": value for key, value in bundle.items()}

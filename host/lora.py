@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..carriers import delta
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
-from ..kernels.draws import generator
+from ..kernels.draws import generator, slot_rows
 
 CHOICES = {
     "attention": r"(attn\w*|attention)\.",
@@ -59,17 +59,28 @@ def size(model, chosen: Mapping[str, str], rank: int) -> int:
     return rank * sum(modules[path].in_features + modules[path].out_features for path in chosen.values())
 
 
-def start(model, chosen: Mapping[str, str], rank: int, seed: int) -> dict[str, torch.Tensor]:
+def narrowest(model, chosen: Mapping[str, str]) -> int:
+    """Smallest number of inputs of the layers."""
+    modules = dict(model.model.diffusion_model.named_modules())
+    return min(modules[path].in_features for path in chosen.values())
+
+
+def start(model, chosen: Mapping[str, str], rank: int, seed: int, slot: int = 0) -> dict[str, torch.Tensor]:
     """First values of both factors per layer, fp32 on the model's device.
 
     down [rank, in] is normal with deviation 1 / rank (the ``gaussian`` of peft, as diffusers' trainers use it), up
-    [out, rank] zero, so that the model starts as it is.
+    [out, rank] zero, so that the model starts as it is. With a ``slot`` down has that one's directions
+    (``kernels.draws.slot_rows``), as long as the others are on average.
+    Raises: ValueError when the narrowest layer has no room for the rank in a slot.
     """
     values, modules = {}, dict(model.model.diffusion_model.named_modules())
+    widths = {modules[path].in_features for path in chosen.values()} if slot else ()
+    rows = {width: slot_rows(width, rank, slot) * width**0.5 for width in sorted(widths)}
     for name, path in chosen.items():
         module = modules[path]
         draw = generator(seed, 0, f"start {name}")
-        values[name + delta.DOWN] = (torch.randn(rank, module.in_features, generator=draw) / rank).to(model.load_device)
+        down = rows[module.in_features] if slot else torch.randn(rank, module.in_features, generator=draw)
+        values[name + delta.DOWN] = (down / rank).to(model.load_device)
         values[name + delta.UP] = torch.zeros(module.out_features, rank, device=model.load_device)
     return values
 

@@ -5,6 +5,7 @@ import hashlib
 import torch
 
 LAWS = ("uniform", "logit-normal", "high noise", "low noise")
+SLOTS = 16
 
 
 def generator(seed: int, step: int, purpose: str) -> torch.Generator:
@@ -42,6 +43,22 @@ def split_times(count: int, border: float, share: float, draw: torch.Generator) 
     above = torch.rand(count, generator=draw, dtype=torch.float64) < share
     u = torch.rand(count, generator=draw, dtype=torch.float64)
     return torch.where(above, border + (1 - border) * u, border * u)
+
+
+def slot_rows(width: int, rank: int, slot: int) -> torch.Tensor:
+    """Directions that belong to one slot of a random orthonormal basis, the same for everyone.
+
+    Orthogonal Adaptation (arXiv 2312.02432), whose random columns of a shared basis may meet: row k is vector
+    16 k + slot - 1, so rows of two slots are orthogonal whatever their ranks are.
+    Returns: [rank, width], fp32, length one. Raises: ValueError for another slot than 1 to 16, or too high a rank.
+    """
+    if not 1 <= slot <= SLOTS:
+        raise ValueError(f"There are slots 1 to {SLOTS}, not {slot}.")
+    if rank * SLOTS > width:
+        raise ValueError(f"A slot of {width} numbers has room for rank {width // SLOTS}, not {rank}; lower the rank.")
+    drawn = torch.randn(rank * SLOTS, width, generator=generator(0, width, "slots"), dtype=torch.float64)
+    basis, upper = torch.linalg.qr(drawn.T)
+    return (basis * upper.diagonal().sign()).T[slot - 1 :: SLOTS].float()
 
 
 def linear_start(shape: tuple[int, ...], inputs: int, draw: torch.Generator) -> torch.Tensor:

@@ -18,7 +18,10 @@ class LearnLora(io.ComfyNode):
             description="Learns a low-rank change of the model's attention from pictures (DreamBooth with LoRA), as a "
             "stock LoRA file. The connected model stays as it is. The state is saved while it learns; an interrupt "
             "keeps it in output/concepts/autosave.",
-            search_aliases=["lora training", "dreambooth", "train", "fine-tune", "conceptprism", "custom diffusion"],
+            search_aliases=[
+                *("lora training", "dreambooth", "train", "fine-tune", "conceptprism", "custom diffusion"),
+                *("orthogonal adaptation", "merge loras"),
+            ],
             is_output_node=True,
             is_input_list=True,
             inputs=[
@@ -127,6 +130,17 @@ class LearnLora(io.ComfyNode):
                     tooltip="Holds mean and variance of the concept's attention maps to those of the class word that "
                     "tokens began at (AttnDreamBooth: 2). 0: none. SD1.5, SD2 and SDXL.",
                 ),
+                io.Int.Input(
+                    "slot",
+                    default=0,
+                    min=0,
+                    max=16,
+                    optional=True,
+                    advanced=True,
+                    tooltip="1 to 16: reads directions that LoRAs of other slots do not, so that several on one model "
+                    "disturb each other less; give each its own (Orthogonal Adaptation: rank 20, all linear, "
+                    "strength 0.6). Rank is at most a sixteenth of a layer's width. 0: any directions, learned too.",
+                ),
             ],
             outputs=shared.outputs("Apply Concept, with tokens to Concept Prompt too,"),
         )
@@ -146,6 +160,7 @@ class LearnLora(io.ComfyNode):
             class_pictures=values["class_pictures"],
             prior_weight=values["prior_weight"],
             attention_weight=values.get("attention_weight", 0.0),
+            slot=values.get("slot", 0),
             decay=values["weight_decay"],
             clip=values["clip_gradient"],
         )

@@ -220,6 +220,7 @@ def rows(name="mug", n=1, seed=0, shape=(1, 1, 1), **info) -> Concept:
         {"accumulate": 2, "clip": 0.0},
         {"class_text": "a mug", "class_pictures": 2},
         {"tokens": True, "residuals": True, "token_text": ""},
+        {"slot": 2},
     ],
     ids=str,
 )
@@ -453,6 +454,33 @@ def test_factors_too_large_to_keep_are_refused_before_learning(toy, mug_set, mon
     chosen = lora.layers(toy[0], "attention")
     held = lora.start(toy[0], chosen, 3, 0).values()
     assert lora.size(toy[0], chosen, 3) == sum(v.numel() for v in held)
+
+
+def test_a_slot_fixes_what_the_layers_read(toy, mug_set):
+    """Changes of two slots have no input in common; those of one have, and so have those without."""
+    made = {slot: learn(toy, mug_set, steps=2, slot=slot).concept.tensors for slot in (0, 1, 2)}
+
+    def shared(a, b):
+        parts = [(n + UP, n + DOWN) for n in layers(a)]
+        both = [((a[u] @ a[d]) @ (b[u] @ b[d]).T).norm() for u, d in parts]
+        alone = [(a[u] @ a[d]).norm() * (b[u] @ b[d]).norm() for u, d in parts]
+        return float(sum(both) / sum(alone))
+
+    assert all(float(t[k].abs().max()) > 0 for t in made.values() for k in t if k.endswith(UP))
+    assert shared(made[1], made[2]) < 1e-5 and shared(made[0], made[1]) > 1e-2
+    again = learn(toy, mug_set, steps=1, slot=2, seed=9).concept.tensors
+    assert all(torch.equal(again[k], made[2][k]) for k in again if k.endswith(DOWN))
+    lengths = [torch.cat([t[k].norm(dim=1) for k in t if k.endswith(DOWN)]).mean() for t in (made[0], made[1])]
+    assert float(lengths[0] / lengths[1]) == pytest.approx(1, abs=0.05), "so a learning rate means the same"
+
+
+def test_another_slot_or_one_without_room_is_refused(toy, mug_set):
+    done = learn(toy, mug_set, steps=1, slot=3).concept
+    for slot in (0, 4):
+        with pytest.raises(CarrierMismatch, match="learned with slot 3; continue with that one"):
+            learn(toy, mug_set, earlier=done, slot=slot)
+    with pytest.raises(ValueError, match="room for rank .* lower the rank"):
+        learn(toy, mug_set, slot=1, rank=64)
 
 
 def test_tokens_cannot_be_continued(toy, mug_set):

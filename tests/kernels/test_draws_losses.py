@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from concepts.kernels.draws import LAWS, generator, linear_start, split_times, times
+from concepts.kernels.draws import LAWS, SLOTS, generator, linear_start, slot_rows, split_times, times
 from concepts.kernels.losses import exclusion, masked_mse, pair_distance, residual
 
 
@@ -41,6 +41,22 @@ def test_split_times_fall_on_either_side_by_their_share(share):
 def test_an_empty_range_is_refused(low, high):
     with pytest.raises(ValueError, match="empty"):
         times(1, "uniform", low, high, torch.Generator())
+
+
+@pytest.mark.parametrize("width, rank", [(64, 4), (100, 3), (320, 20)])
+def test_rows_of_slots_are_one_orthonormal_basis(width, rank):
+    whole = torch.cat([slot_rows(width, rank, slot) for slot in range(1, SLOTS + 1)])
+    torch.testing.assert_close(whole @ whole.T, torch.eye(SLOTS * rank), rtol=0, atol=1e-5)
+    less = slot_rows(width, rank - 1, 3)
+    torch.testing.assert_close(less, slot_rows(width, rank, 3)[:-1], rtol=0, atol=1e-5)
+
+
+def test_slots_that_do_not_exist_or_have_no_room_are_refused():
+    for slot in (0, SLOTS + 1):
+        with pytest.raises(ValueError, match="slots 1 to 16"):
+            slot_rows(64, 1, slot)
+    with pytest.raises(ValueError, match="64 numbers has room for rank 4, not 5; lower"):
+        slot_rows(64, 5, 1)
 
 
 def test_layers_start_between_plus_and_minus_one_over_the_root_of_their_inputs():
