@@ -5,7 +5,8 @@ train_sd21_stage1.py of github.com/Minseo-Kimm/ConceptPrism does: four VAE encod
 (three equal residual and three equal empty prompts), passes for reconstruction, residuals and null apart, AdamW over
 the whole vocabulary. It is pinned to the mean of the VAE's posterior, to no weight decay, and to our start and draws,
 so that both compute the same losses. ``bank``: ours with 16 kept null predictions per picture, whose making is spread
-over a run of 200 steps; its draws are others, so its losses are not compared. ``nox -s bench -- prism_vs_script``
+over a run of 200 steps; its draws are others, so its losses are not compared. ``nox -s bench -- prism_vs_script``;
+``... count`` counts operations instead, here and at SD1.5's own width and 512 px.
 """
 
 import json
@@ -16,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from . import half, toy
-from .runner import Peak, compare, same_losses, timed
+from .runner import RESULTS, Peak, compare, same_losses, timed
 
-STEPS, RUN, RATE, LENGTH, ANCHORS, BETA = 8, 200, 5e-4, 8, 3, 0.05
+STEPS, RUN, KEPT, RATE, LENGTH, ANCHORS, BETA = 8, 200, 16, 5e-4, 8, 3, 0.05
 
 
 def settings(**more):
@@ -152,9 +153,45 @@ def check(ours: dict, peer: dict) -> float:
     return same_losses(ours, peer) if ours["compared"] else 0.0
 
 
+def operations() -> dict[str, float]:
+    """Products of a step, in passes of the UNet with one picture, and how many times less ours are."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(run) -> int:
+        with FlopCounterMode(display=False) as counted:
+            run()
+        return counted.get_total_flops()
+
+    with torch.device("meta"):
+        unet, vae, text = half.peers()
+        side, context = half.SIZE // 8, torch.randn(1, 77, 768, requires_grad=True)
+        latent, ids = torch.randn(1, 4, side, side), torch.zeros(1, 77, dtype=torch.long)
+        with torch.no_grad():
+            one = count(lambda: unet(latent, 1, context))
+            encoding = count(lambda: vae.encode(torch.randn(1, 3, half.SIZE, half.SIZE)))
+            empty = count(lambda: text(ids))
+        text.get_input_embeddings().weight.requires_grad_(True)
+        learned = count(lambda: unet(latent, 1, context).sample.sum().backward())
+        said = count(lambda: text(ids)[0].sum().backward())
+    learning = (1 + ANCHORS) * learned  # the target's pass and the exclusion's
+    found = {
+        "peer": learning + ANCHORS * one + (1 + ANCHORS) * encoding + ANCHORS * empty + (1 + ANCHORS) * said,
+        "ours": learning + ANCHORS * one + 2 * said,
+        "bank": learning + 2 * said + KEPT * len(half.pictures()) * one / RUN,
+    }
+    return {k: v / one for k, v in found.items()} | {f"peer / {k}": found["peer"] / found[k] for k in ("ours", "bank")}
+
+
 def main(options, rest) -> int:
+    if "count" in rest:
+        table = {"half the width, 256 px": operations()}
+        half.whole()
+        table["SD1.5 itself, 512 px"] = operations()
+        (RESULTS / "prism_vs_script_count.json").write_text(json.dumps({"table": table}, indent=1) + "\n")
+        print(json.dumps(table, indent=1))
+        return 0
     if options.side:
-        sides = {"peer": peer, "ours": ours, "bank": lambda: ours(16)}
+        sides = {"peer": peer, "ours": ours, "bank": lambda: ours(KEPT)}
         print(json.dumps(sides[options.side]() | {"compared": options.side == "ours"}))
         return 0
     return compare("prism_vs_script", options.repeats, options.accept_noise, check, ("ours", "bank"))
