@@ -1,27 +1,44 @@
 """Opens every template in ComfyUI's own web page, fails on missing nodes and error badges, keeps a picture of each.
 
-``nox -s screenshots -- --thumbnails`` also renews ``workflows/*.jpg``; ``-- --run`` runs each and looks again; ``--
---lay-out`` rebuilds the templates from the graphs in ``workflows/api`` and the notes in notes.json.
+``nox -s screenshots -- --run`` runs each and looks again; ``-- --thumbnails`` makes ``workflows/*.jpg`` of what comes
+of it; ``-- --lay-out`` rebuilds the templates from the graphs in ``workflows/api`` and the notes in notes.json.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from demo.server import PACK, Server
 
 SIZE = (640, 360)
+MOST = 8
+
+
+def thumbnail(server: Server, nodes: list[list[dict]], graph: Path) -> Image.Image:
+    """The first pictures of every node, side by side; the graph where there are none."""
+    some = [picture for images in nodes[:MOST] for picture in images[: MOST // min(len(nodes), MOST)]]
+    files = [server.folder(p["type"]) / p["subfolder"] / p["filename"] for p in some] or [graph]
+    rows = round(math.sqrt(len(files) / 2)) or 1
+    across = math.ceil(len(files) / rows)
+    cell = (SIZE[0] // across - 4, SIZE[1] // rows - 4)
+    sheet = Image.new("RGB", SIZE, (24, 24, 24))
+    for i, file in enumerate(files):
+        picture = ImageOps.contain(Image.open(file).convert("RGB"), cell, Image.LANCZOS)
+        x, y = (i % across + 0.5) * SIZE[0] / across, (i // across + 0.5) * SIZE[1] / rows
+        sheet.paste(picture, (round(x - picture.width / 2), round(y - picture.height / 2)))
+    return sheet
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", type=Path, required=True, help="ComfyUI folder")
     parser.add_argument("--out", type=Path, default=PACK / "out" / "screenshots")
-    parser.add_argument("--thumbnails", action="store_true", help="renew workflows/*.jpg")
+    parser.add_argument("--thumbnails", action="store_true", help="run each and renew workflows/*.jpg")
     parser.add_argument("--lay-out", action="store_true", help="rebuild workflows/*.json from workflows/api")
     parser.add_argument("--run", action="store_true", help="run each template too")
     options = parser.parse_args()
@@ -39,7 +56,7 @@ def main() -> int:
                 server.url,
                 str(PACK / "workflows"),
                 str(options.out),
-                "lay-out" if options.lay_out else "run" if options.run else "open",
+                "lay-out" if options.lay_out else "run" if options.run or options.thumbnails else "open",
             ],
             env={
                 "NODE_PATH": str(PACK / ".cache/ui/node_modules"),
@@ -58,8 +75,7 @@ def main() -> int:
         print(f"{name}: {found['nodes']} nodes, missing {found['missing']}, errors {found['errors']}")
         bad += bool(found["missing"] or found["errors"])
         if options.thumbnails:
-            picture = Image.open(options.out / f"{name}.png").convert("RGB")
-            picture.thumbnail(SIZE, Image.LANCZOS)
+            picture = thumbnail(server, found["pictures"], options.out / f"{name}_done.png")
             picture.save(PACK / "workflows" / f"{name}.jpg", quality=82, optimize=True)
     return int(bad > 0)
 

@@ -1,4 +1,4 @@
-// node templates.mjs URL WORKFLOWS OUT open|lay-out|run: prints {template: {nodes, missing, errors}} as JSON.
+// node templates.mjs URL WORKFLOWS OUT open|lay-out|run: prints {template: {nodes, missing, errors, pictures}} as JSON.
 import fs from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
@@ -143,6 +143,8 @@ for (const file of fs.readdirSync(path.join(folder, 'api')).filter(f => f.endsWi
     await run()
     await page.screenshot({ path: path.join(out, `${name}_done.png`) })
     wrong.push(...await page.locator('.p-dialog, .p-toast-message-error').allInnerTexts(), ...await covered())
+    found.pictures = await page.evaluate(() => ['SaveImage', 'PreviewImage'].map(type => window.app.graph.nodes.filter(n => n.type === type)
+      .map(n => window.app.nodeOutputs[n.id]?.images ?? []).filter(images => images.length)).find(nodes => nodes.length) ?? [])
   }
   report[name] = { ...found, errors: wrong }
 }
