@@ -1,8 +1,9 @@
 """Low-rank weight deltas learned from pictures: DreamBooth (arXiv 2208.12242) with LoRA (arXiv 2106.09685).
 
 With frozen rows of a learned concept and of each picture's residual in the prompts it is the second stage of
-ConceptPrism; with keys and values of cross-attention only it changes what Custom Diffusion (arXiv 2212.04488) changes;
-with a slot it is Orthogonal Adaptation (arXiv 2312.02432).
+ConceptPrism; with keys and values of cross-attention, and the rows learned along, it learns what Custom Diffusion
+(arXiv 2212.04488) does, with rows per layer what ED-LoRA (Mix-of-Show, arXiv 2305.18292) learns of the UNet, with a
+slot what Orthogonal Adaptation (arXiv 2312.02432) does.
 """
 
 from collections import ChainMap
@@ -28,6 +29,9 @@ from .session import RunSettings, Session
 from .text import NAMED, as_tokens, concept_rows, encoders
 from .variants import Grid, layers_of
 
+ROWS = "rows."
+"""Begins the names of parameters that are rows, per encoder key."""
+
 
 @dataclass(frozen=True)
 class LoraSettings(RunSettings):
@@ -46,12 +50,15 @@ class LoraSettings(RunSettings):
     """Of AttnDreamBooth's attention loss; 0 takes no maps."""
     slot: int = 0
     """Whose directions of a shared basis the layers read; 0: any, which are learned."""
+    tokens_learning_rate: float = 0.0
+    """Of the named rows; 0: they stay."""
     decay: float = 0.01
     clip: float = 1.0
 
 
 class LoraSession(Session):
-    """Factors of low rank; captions never change and are encoded once."""
+    """Factors of low rank, and the rows that prompts name where these are learned along; captions whose rows stay are
+    encoded once."""
 
     kind = "delta"
 
@@ -85,11 +92,16 @@ class LoraSession(Session):
                 f"keeps, and files of this pack at most {LARGEST >> 20}; lower rank, or choose fewer layers."
             )
         self.tokens = _rows_of(tokens) if tokens else (as_tokens(earlier) if earlier else None)
+        if settings.tokens_learning_rate and not self.tokens:
+            raise ValueError(
+                "tokens_learning_rate moves the rows of a concept, and none is connected to tokens; connect one, or "
+                "set it to 0."
+            )
         self.residuals = [_plain(_rows_of(r)) for r in residuals]
         self.prior = prior if settings.prior_weight else None
         joiner = " with " if all(r.info.get("joined", True) for r in residuals) else " "
         self.captions = captions(data, settings, self.tokens is not None, len(residuals), joiner)
-        self.kept: dict = {}
+        self.kept: dict | None = None if settings.tokens_learning_rate else {}
         self.fixed: dict[str, torch.Tensor] = {}
         if earlier and (before := earlier.info.get("slot", 0)) != settings.slot:
             raise CarrierMismatch(f"Concept <{earlier.name}> was learned with slot {before}; continue with that one.")
@@ -151,7 +163,14 @@ class LoraSession(Session):
             self.fixed = {k: start.pop(k) for k in list(start) if k.endswith(delta.DOWN)}
             if self.earlier:
                 self.fixed |= {k: v.to(self.fixed[k]) for k, v in self.earlier.tensors.items() if k in self.fixed}
-        return start, Adam(s.learning_rate, decay=s.decay, clip=s.clip)
+        moved = self.tokens.tensors if s.tokens_learning_rate else ()
+        start |= {ROWS + key: self.rows[key].to(self.model.load_device) for key in moved}
+        rates = {ROWS + key: s.tokens_learning_rate for key in moved}
+        return start, Adam(s.learning_rate, decay=s.decay, clip=s.clip, rates=rates)
+
+    def _checked(self, found):
+        """Rows of an earlier LoRA without training state are those that it bundles."""
+        return super()._checked({**{k: v for k, v in self.start.items() if k.startswith(ROWS)}, **found})
 
     def attached(self):
         """The factors beside the model's layers; none before they are there."""
@@ -159,19 +178,25 @@ class LoraSession(Session):
 
     def tensors(self):
         """Factors with alpha = rank, and the rows that prompts need."""
-        found = {**self.fixed, **self.parameters}
+        found = {**self.fixed, **{k: v for k, v in self.parameters.items() if not k.startswith(ROWS)}}
         found |= {name + delta.ALPHA: torch.tensor(float(self.settings.rank)) for name in self.chosen}
-        bundle = self.tokens.tensors if self.tokens else {}
+        bundle = {**self.tokens.tensors, **self._learned(self.parameters)} if self.tokens else {}
         return found | {f"{delta.BUNDLE}{self.settings.name}.{key}": value for key, value in bundle.items()}
 
     def _texts(self, pictures: list[int], captions: list[int]) -> list[int]:
         return [self.index[self.captions[i][c]] for i, c in zip(pictures, captions, strict=True)]
 
+    def _learned(self, parameters) -> dict[str, torch.Tensor]:
+        """Rows that are learned along, per encoder key, where that encoder has its vocabulary."""
+        rows = {k.removeprefix(ROWS): v for k, v in parameters.items() if k.startswith(ROWS)}
+        return {k: v.to(self.rows[k].device) for k, v in rows.items()}
+
     def condition(self, parameters, pictures, captions, sigma):
-        """The pictures' captions with the frozen rows of their noise levels."""
+        """The pictures' captions with the rows of their noise levels."""
         texts = self._texts(pictures, captions)
         stages = self.grid.stages(noise_time(self.denoiser.sampling, sigma))
-        return self.prompts.conditions(self.grid, self.rows, texts, stages, self.others, self.kept)
+        rows = {**self.rows, **self._learned(parameters)}
+        return self.prompts.conditions(self.grid, rows, texts, stages, self.others, self.kept)
 
     def losses(self, parameters, pictures, captions, when, draw):
         """The diffusion loss, that of as many class pictures, weighted (DreamBooth), and that of the concept's maps."""

@@ -31,6 +31,8 @@ class Adam:
     """Largest norm of the gradient over all parameters; 0 for any."""
     late: Mapping[str, int] = field(default_factory=dict)
     """Steps before which a parameter stays as it is; its moments begin then."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Learning rates of parameters that have their own."""
 
     def start(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fresh moments."""
@@ -44,15 +46,15 @@ class Adam:
         parameters = {k: p for k, p in parameters.items() if counts[k] > 0}
         _clip([p.grad for p in parameters.values()], self.clip)
         for key, parameter in parameters.items():
-            count = counts[key]
+            count, rate = counts[key], self.rates.get(key, self.learning_rate)
             first, second, grad = state[f"first.{key}"], state[f"second.{key}"], parameter.grad
             if self.decay:
                 used = (grad != 0).any(-1, keepdim=True)
-                parameter.mul_(1 - self.learning_rate * self.decay * used)
+                parameter.mul_(1 - rate * self.decay * used)
             first.lerp_(grad, 1 - b1)
             second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
             scale = (second / (1 - b2**count)).sqrt_().add_(1e-8)
-            parameter.addcdiv_(first, scale, value=-self.learning_rate / (1 - b1**count))
+            parameter.addcdiv_(first, scale, value=-rate / (1 - b1**count))
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ class LearnLora(io.ComfyNode):
                 Concept.Input(
                     "tokens",
                     optional=True,
-                    tooltip="A learned concept whose rows stand in the captions. They stay as they are and are saved "
-                    "along.",
+                    tooltip="A learned concept whose rows stand in the captions. They stay as they are, unless "
+                    "tokens_learning_rate moves them, and are saved along.",
                 ),
                 Concept.Input(
                     "residuals",
@@ -138,8 +138,20 @@ class LearnLora(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="1 to 16: reads directions that LoRAs of other slots do not, so that several on one model "
-                    "disturb each other less; give each its own (Orthogonal Adaptation: rank 20, all linear, "
+                    "are to disturb each other less; give each its own (Orthogonal Adaptation: rank 20, all linear, "
                     "strength 0.6). Rank is at most a sixteenth of a layer's width. 0: any directions, learned too.",
+                ),
+                io.Float.Input(
+                    "tokens_learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=1e-6,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Step size of the rows of tokens, which are then learned too. Mix-of-Show and Orthogonal "
+                    "Adaptation: 0.001, with learning_rate 0.0001 and 0.00001. Custom Diffusion: 0.00001 for both, "
+                    "with keys and values. 0: the rows stay as they are.",
                 ),
             ],
             outputs=shared.outputs("Apply Concept, with tokens to Concept Prompt too,"),
@@ -161,6 +173,7 @@ class LearnLora(io.ComfyNode):
             prior_weight=values["prior_weight"],
             attention_weight=values.get("attention_weight", 0.0),
             slot=values.get("slot", 0),
+            tokens_learning_rate=values.get("tokens_learning_rate", 0.0),
             decay=values["weight_decay"],
             clip=values["clip_gradient"],
         )

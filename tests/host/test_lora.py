@@ -221,6 +221,7 @@ def rows(name="mug", n=1, seed=0, shape=(1, 1, 1), **info) -> Concept:
         {"class_text": "a mug", "class_pictures": 2},
         {"tokens": True, "residuals": True, "token_text": ""},
         {"slot": 2},
+        {"tokens": True, "token_text": "", "tokens_learning_rate": 1e-2},
     ],
     ids=str,
 )
@@ -232,6 +233,7 @@ def test_continued_equals_one_run(toy, mug_set, changes, tmp_path, monkeypatch):
     given = dict(changes)
     if given.pop("tokens", False):
         given["tokens"] = fitted(rows(), width)
+    if given.pop("residuals", False):
         given["residuals"] = tuple(fitted(rows(f"r{i}", 8, i + 1), width) for i in range(5))
     whole = learn(toy, mug_set, steps=5, **given)
     first = learn(toy, mug_set, steps=3, **given)
@@ -481,6 +483,61 @@ def test_another_slot_or_one_without_room_is_refused(toy, mug_set):
             learn(toy, mug_set, earlier=done, slot=slot)
     with pytest.raises(ValueError, match="room for rank .* lower the rank"):
         learn(toy, mug_set, slot=1, rank=64)
+
+
+def test_rows_are_learned_along_by_their_own_rate(toy, mug_set, tmp_path):
+    from concepts.host.text import as_tokens
+
+    tokens = fitted(rows(n=2), toy_width(toy))
+    same_rows = learn(toy, mug_set, tokens=tokens, token_text="", steps=2)
+    moved = learn(toy, mug_set, tokens=tokens, token_text="", steps=2, tokens_learning_rate=1e-2)
+    assert torch.equal(as_tokens(same_rows.concept).tensors["clip_l"], tokens.tensors["clip_l"])
+    write_concept(moved.concept, tmp_path / "mug.safetensors")
+    found = as_tokens(read_any(tmp_path / "mug.safetensors")).tensors["clip_l"]
+    far = (found - tokens.tensors["clip_l"]).abs()
+    assert 1e-2 < float(far.max()) < 2.1e-2 and float(far.median()) > 1e-3, "two steps of Adam"
+    ups = [torch.cat([v.flatten() for k, v in d.concept.tensors.items() if k.endswith(UP)]) for d in (same_rows, moved)]
+    assert float(ups[1].abs().max()) < 2.1e-3 and not torch.equal(*ups)
+    bare = replace(moved.concept, state={})
+    more = learn(toy, mug_set, earlier=bare, token_text="", steps=1, tokens_learning_rate=1e-2)
+    assert float((as_tokens(more.concept).tensors["clip_l"] - found).abs().max()) < 1.1e-2, "from where they were"
+    with pytest.raises(ValueError, match="none is connected to tokens"):
+        learn(toy, mug_set, tokens_learning_rate=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_rows_beside_layers(family):
+    """A step of rows moves the loss by what their gradient says, through encoder and LoRA."""
+    from concepts.host.concept_set import ConceptSet
+    from concepts.host.gradients import training
+    from concepts.host.learn_lora import ROWS, LoraSession
+    from concepts.host.text import encoders
+
+    made = tiny(family)
+    data = ConceptSet((made.latent,), (None,), (("a photo of {}",),), (False,))
+    g = torch.Generator().manual_seed(3)
+    tokens = Concept(
+        "mug", "tokens", {e.key: torch.randn(1, 1, 1, 2, e.width, generator=g) * 0.1 for e in encoders(made.clip)}
+    )
+    given = settings(token_text="", tokens_learning_rate=1e-3, batch=1)
+    with torch.inference_mode():
+        session = LoraSession(made.model, made.clip, data, given, tokens=tokens)
+        session.fingerprint = ""
+        with training(made.model, made.clip.patcher), session.attached():
+            session.begin()
+            p = session.parameters
+            for key, value in p.items():
+                if key.endswith(UP):
+                    value.copy_(torch.randn(value.shape, generator=g) * 0.1)
+            keys = [k for k in p if k.startswith(ROWS)]
+            assert len(keys) == len(tokens.tensors)
+            leaves = {k: p[k].requires_grad_(True) for k in keys}
+            session.step_loss(p, 0, 0).backward()
+            way = {k: torch.randn(v.shape, generator=g) for k, v in leaves.items()}
+            told = sum(float((leaves[k].grad * way[k]).sum()) for k in keys)
+            with torch.no_grad():
+                ends = [session.step_loss(p | {k: p[k] + s * 1e-3 * way[k] for k in keys}, 0, 0) for s in (1, -1)]
+    assert told == pytest.approx(float(ends[0] - ends[1]) / 2e-3, rel=0.02, abs=1e-4)
 
 
 def test_tokens_cannot_be_continued(toy, mug_set):

@@ -46,6 +46,18 @@ def test_late_parameters_wait_and_then_learn_as_if_they_began_then():
     assert all(torch.equal(clipped[k], start()[k]) for k in "ab")
 
 
+def test_a_parameter_may_have_a_rate_of_its_own():
+    def after(optimiser):
+        parameters = start()
+        for _ in fit(parameters, noisy, optimiser, 1):
+            pass
+        return parameters
+
+    both = after(Adam(0.03, rates={"b": 0.3}, decay=0.1))
+    for rate, key in ((0.03, "a"), (0.3, "b")):
+        assert torch.equal(both[key], after(Adam(rate, decay=0.1))[key])
+
+
 def test_adam_equals_torch():
     ours, _ = run(Adam(0.03), 25)
     theirs = {k: v.requires_grad_() for k, v in start().items()}
