@@ -62,6 +62,16 @@ def thaw(patcher) -> None:
                 )
 
 
+def as_made(patcher) -> None:
+    """Makes quantised weights inference tensors again, as the host made them: within inference mode a tensor subclass
+    that ``thaw`` left ordinary cannot be wrapped as a Parameter, so that no later patch or move would succeed."""
+    with torch.inference_mode():
+        for module in patcher.model.modules():
+            for name, tensor in list(module._parameters.items()):
+                if type(tensor) not in (torch.Tensor, torch.nn.Parameter, type(None)) and not tensor.is_inference():
+                    module._parameters[name] = torch.nn.Parameter(tensor.clone(), tensor.requires_grad)
+
+
 def ordinary(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that autograd accepts."""
     with torch.inference_mode(False):
@@ -182,6 +192,7 @@ def training(*patchers, checkpointing: bool = False, memory: float = 0):
         whole = fits(plain)
         for patcher, given in zip(plain, patchers, strict=True):
             if patcher is given:
+                stack.callback(as_made, patcher)
                 thaw(patcher)  # before any move: an inference tensor that was moved is lost
             else:
                 copied(patcher, patcher.load_device if whole else None)

@@ -8,7 +8,7 @@ import torch
 
 from concepts.carriers.errors import CarrierMismatch
 
-from .tiny import FAMILIES, stock, tiny
+from .tiny import FAMILIES, quantised, stock, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -154,6 +154,29 @@ def test_small_weight_types_give_the_same_direction(dtype):
     cosine = torch.cosine_similarity(a["clip_l"].flatten(), b["clip_l"].flatten(), 0)
     assert cosine > (0.9 if dtype.startswith("float8") else 0.999)
     assert b["clip_l"].dtype == torch.float32
+
+
+def test_quantised_weights_give_the_same_direction_and_can_be_patched_afterwards():
+    """In inference mode the host wraps them as Parameters anew, which torch refuses of those made outside of it."""
+    import comfy.model_management as management
+
+    from concepts.host.gradients import training
+
+    exact, small = tiny("sd15"), tiny("sd15")
+    quantised(small.model)
+    modules = small.model.model.named_modules()
+    name = next(n for n, m in modules if hasattr(m, "layout_type") and "attn2.to_k" in n)
+    weight = small.model.model.get_submodule(name).weight.dequantize().clone()
+    _, a = loss_and_gradient(exact, training(exact.model, exact.clip.patcher))
+    _, b = loss_and_gradient(small, training(small.model, small.clip.patcher))
+    assert torch.cosine_similarity(a["clip_l"].flatten(), b["clip_l"].flatten(), 0) > 0.9
+    with torch.inference_mode():
+        clone = small.model.clone()
+        clone.add_patches({f"{name}.weight": ("diff", (torch.ones_like(weight),))})
+        management.load_models_gpu([clone])
+        assert (small.model.model.get_submodule(name).weight.dequantize() - weight).mean() > 0.9
+        management.load_models_gpu([small.model])
+    assert torch.equal(small.model.model.get_submodule(name).weight.dequantize(), weight)
 
 
 def test_finite_differences_agree():

@@ -1,6 +1,7 @@
 """Tiny random models of the host's own classes, one per family: forward, gradient and sampling code is the real one."""
 
 import functools
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -202,6 +203,27 @@ def tiny(family: str, **kwargs) -> Tiny:
             clip(family),
             torch.randn(channels, 8, 8, generator=torch.Generator().manual_seed(3)),
         )
+
+
+def quantised(patcher, form="float8_e4m3fn"):
+    """The same MODEL with the host's mixed precision layers, whose weights are tensors of a class of their own."""
+    import comfy.ops
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    ops = comfy.ops.mixed_precision_ops({"mixed_ops": True}, torch.float32)
+    with torch.inference_mode():
+        for parent in list(patcher.model.diffusion_model.modules()):
+            for name, plain in list(parent.named_children()):
+                if not isinstance(plain, torch.nn.Linear):
+                    continue
+                layout = QUANT_ALGOS[form]["comfy_tensor_layout"]
+                state = QuantizedTensor.from_float(plain.weight, layout, scale="recalculate").state_dict("weight")
+                state["comfy_quant"] = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+                state |= {"bias": plain.bias} if plain.bias is not None else {}
+                layer = ops.Linear(plain.in_features, plain.out_features, plain.bias is not None, torch.device("cpu"))
+                layer.load_state_dict(state)
+                setattr(parent, name, layer)
+    return patcher
 
 
 def embedding(given, folder, size=0.02) -> str:
