@@ -279,6 +279,9 @@ def learn_dictionary(
                 if done % 10 == 0:
                     say(f"{done} of {settings.steps} steps, loss {losses[-1]:.4f}")
                 progress.show(done)
+            for parameter in session.parameters.values():
+                parameter.requires_grad_(False)
+            dictionary = named(clip, session.dictionary(last, losses), corpus)
         except Diverged as error:
             if last is None:
                 advice = (
@@ -301,9 +304,6 @@ def learn_dictionary(
             if last is not None:
                 kept.put(session.dictionary(last, losses))
             raise
-        for parameter in session.parameters.values():
-            parameter.requires_grad_(False)
-        dictionary = named(clip, session.dictionary(last, losses), corpus)
     trouble = kept.put(dictionary)
     return DictionaryLearned(dictionary, losses, kept.file, trouble, time.monotonic() - began, corpus.apart)
 

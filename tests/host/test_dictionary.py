@@ -194,6 +194,22 @@ def test_memory_that_runs_out_keeps_the_last_step_and_says_what_to_lower(toy, mo
     assert read_dictionary(file).info["learned"]["steps"] == 3
 
 
+def test_memory_that_runs_out_while_latents_are_named_keeps_all_steps(toy, monkeypatch):
+    import comfy.model_management as management
+
+    from concepts.host import folders, learn_dictionary
+
+    def full(clip, dictionary, corpus):
+        raise management.OOM_EXCEPTION("CUDA out of memory.")
+
+    monkeypatch.setattr(learn_dictionary, "named", full)
+    with pytest.raises(management.OOM_EXCEPTION, match="lower the batch or the expansion"):
+        learn(toy, name="unnamed", save_every=0)
+    (file,) = folders.dictionaries().glob("unnamed*.safetensors")
+    kept = read_dictionary(file)
+    assert kept.info["learned"]["steps"] == len(kept.state["losses"]) == settings().steps
+
+
 def test_a_bad_name_is_refused_before_anything_is_learned():
     for name in ("my dog", "<mug>", ""):
         with pytest.raises(CarrierError, match="letters, digits"):
