@@ -337,6 +337,40 @@ def test_class_pictures_are_drawn_by_the_model_and_held_on_to(toy, mug_set, monk
     assert not off.terms and off.losses[0] == pytest.approx(done.terms["diffusion"][0], rel=1e-6)
 
 
+@contextlib.contextmanager
+def begun(toy, data, earlier=None, prior=None, **changes):
+    """A session at its first step."""
+    from concepts.host.gradients import training
+    from concepts.host.learn_lora import LoraSession
+
+    session = LoraSession(toy[0], toy[1], data, settings(**changes), earlier, prior=prior)
+    with torch.inference_mode():
+        session.gather()
+        with training(toy[0], toy[1].patcher), session.attached():
+            session.begin()
+            yield session
+
+
+def test_the_prior_term_is_of_the_class_pictures(toy, mug_set, monkeypatch):
+    """Not of the concept's, which come first."""
+    of_class = replace(mug_set, latents=tuple(v + 3 for v in mug_set.latents), captions=(("a photo of {}",),) * 5)
+    seen = []
+    with begun(toy, mug_set, prior=of_class, class_text="a red mug") as session:
+        condition = session.condition
+
+        def spied(parameters, pictures, captions, sigma):
+            said = [session.captions[i][c] for i, c in zip(pictures, captions, strict=True)]
+            seen.append((torch.cat([session.clean[i] for i in pictures]), said))
+            return condition(parameters, pictures, captions, sigma)
+
+        monkeypatch.setattr(session, "condition", spied)
+        session.step_loss(session.parameters, 0, 0)
+        known = [session.denoiser.clean(v[None])[0] for v in of_class.latents]
+    (_, own), (shown, said) = seen
+    assert all("sks mug" in text for text in own) and said == ["a photo of a red mug"] * 2
+    assert all(any(torch.equal(one, other) for other in known) for one in shown)
+
+
 def spied(data, asked: list):
     """A set that notes how many pictures are drawn from it."""
 
@@ -365,6 +399,8 @@ def test_captions_say_token_and_residual():
     assert captions(data, settings(token_text=""), True, 2, " ")[1] == ("{} {r1} on sand",)
     shared = [t for (t,) in captions(double, settings(token_text=""), True, 2)]
     assert shared == [f"{{}} with {{r{n}}} on sand" for n in (0, 0, 1, 1)]
+    own = [t for (t,) in captions(double, settings(token_text=""), True, 4)]
+    assert own == [f"{{}} with {{r{n}}} on sand" for n in range(4)]
     for changes, tokens, residuals, message in (
         ({"token_text": ""}, False, 0, "sks mug"),
         ({}, True, 0, "does not name"),
@@ -373,6 +409,18 @@ def test_captions_say_token_and_residual():
     ):
         with pytest.raises(ValueError, match=message):
             captions(data, settings(**changes), tokens, residuals)
+
+
+@pytest.mark.parametrize(("info", "said"), [({}, "{} with {r0}"), ({"joined": False}, "{} {r0}")])
+def test_residuals_stand_as_they_were_learned(toy, mug_set, info, said):
+    from concepts.host.learn_lora import LoraSession
+
+    width = toy_width(toy)
+    residuals = tuple(fitted(rows(f"r{i}", **info), width) for i in range(5))
+    given, named = settings(token_text=""), fitted(rows(init_text="mug"), width)
+    session = LoraSession(toy[0], toy[1], mug_set, given, tokens=named, residuals=residuals)
+    assert said in session.captions[0][0]
+    assert session.facts()["init_text"] == "mug", "what strength 0 of the bundled rows stands for"
 
 
 @pytest.mark.slow
@@ -538,6 +586,16 @@ def test_gradients_of_rows_beside_layers(family):
             with torch.no_grad():
                 ends = [session.step_loss(p | {k: p[k] + s * 1e-3 * way[k] for k in keys}, 0, 0) for s in (1, -1)]
     assert told == pytest.approx(float(ends[0] - ends[1]) / 2e-3, rel=0.02, abs=1e-4)
+
+
+def test_continuing_keeps_the_directions_of_the_file(toy, mug_set):
+    """Whatever basis made them: what was learned belongs to them."""
+    with begun(toy, mug_set, slot=1) as first:
+        made = Concept("mug", "delta", dict(first.tensors()), {"slot": 1})
+    turned = replace(made, tensors={k: v.flip(0) if k.endswith(DOWN) else v for k, v in made.tensors.items()})
+    with begun(toy, mug_set, turned, slot=1) as session:
+        kept = session.tensors()
+    assert all(torch.equal(v, turned.tensors[k]) for k, v in kept.items() if k.endswith(DOWN))
 
 
 def test_tokens_cannot_be_continued(toy, mug_set):
