@@ -14,7 +14,7 @@ from concepts.carriers.errors import CarrierMismatch
 from .test_features import hooks, states
 from .test_lora import random_delta
 from .test_variants import concept
-from .tiny import KINDS, tiny
+from .tiny import KINDS, stock, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 TEXTS = ("a photo of <mug>", "a <mug> on grass, far away")
@@ -76,10 +76,38 @@ def extracted(made, latent, text, what, words):
 def test_a_batch_is_no_picture(made):
     from concepts.host.query import refined
 
-    batch = {"samples": torch.zeros(2, *made.latent.shape)}
-    for given in ({}, {"generated": batch}):
+    one, batch = ({"samples": torch.zeros(count, *made.latent.shape)} for count in (1, 2))
+    for latent, given in ((batch, {}), (one, {"generated": batch})):
         with pytest.raises(ValueError, match="a batch of 2"):
-            refined(made.model, made.clip, None, concept(made), TEXTS[1], None, batch, settings(), {}, **given)
+            refined(made.model, made.clip, None, concept(made), TEXTS[1], None, latent, settings(), {}, **given)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "delta"])
+@pytest.mark.parametrize("negative", [None, "sand"], ids=str)
+def test_the_picture_is_the_samplers(host, kind, negative):
+    """Bit for bit what stock nodes make of the same inputs, those of a latent besides its samples too."""
+    import nodes
+
+    from concepts.host import lora
+    from concepts.host.prompt import encode_prompt
+    from concepts.host.query import sampled
+
+    made = tiny("sd15")
+    what = concept(made) if kind == "tokens" else random_delta(made.model)
+    g = torch.Generator().manual_seed(2)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+    latent = {"samples": torch.randn(1, *made.latent.shape, generator=g), "noise_mask": mask, "batch_index": [3]}
+    with torch.inference_mode():
+        positive = encode_prompt(made.clip, TEXTS[1], [(what, 1.0)])
+        against = stock(made.clip, negative or "")
+        model = lora.apply(made.model, what, 1.0) if kind == "delta" else made.model
+        how = (5, 2, 4.0, "euler", "normal")
+        (expected,) = nodes.common_ksampler(model, *how, positive, against, latent, denoise=0.7)
+        how = dict(zip(("seed", "steps", "cfg", "sampler", "scheduler"), how, strict=True), denoise=0.7)
+        given = None if negative is None else against
+        found = sampled(made.model, made.clip, what, TEXTS[1], given, latent, **how)
+    assert torch.equal(found, expected["samples"])
 
 
 def test_features_are_those_of_extract(made):
@@ -211,14 +239,14 @@ def test_checkpointing_refines_to_the_same(made, few):
         assert float((value - recomputed.concept.tensors[key]).abs().gt(1e-4).float().mean()) < 0.05
 
 
-def dift(made, data, text="a photo of a thing", **by_hand):
+def dift(made, data, text="a photo of a thing", seed=0, **by_hand):
     """Of the references, as Extract Features reads it."""
     from concepts.host.feature_places import preset
     from concepts.host.features import extract
 
     with torch.inference_mode():
         wants = preset(made.model, "DIFT", [], **by_hand)
-        return extract(made.model, made.clip, torch.stack(data.latents[:-1]), wants, text)
+        return extract(made.model, made.clip, torch.stack(data.latents[:-1]), wants, text, seed=seed)
 
 
 def test_features_of_the_references_can_be_given(made, few, monkeypatch):
@@ -237,11 +265,11 @@ def test_features_of_the_references_can_be_given(made, few, monkeypatch):
     assert read == [3, 1]
     for key, value in plain.concept.tensors.items():
         torch.testing.assert_close(kept.concept.tensors[key], value, atol=1e-4, rtol=0)
-    other = session(made, what, data, features=dift(made, data, ensemble=1, timestep=100.0))
+    other = session(made, what, data, features=dift(made, data, seed=3, ensemble=1, timestep=100.0))
     with torch.inference_mode(), monkeypatch.context() as patched:
         patched.delattr("concepts.host.features.prompted")  # their prompt is not encoded again
         other.find()
-    picture = dift(made, replace(data, latents=data.latents[1:] * 2), ensemble=1, timestep=100.0).map("dift")[1]
+    picture = dift(made, replace(data, latents=data.latents[1:] * 2), seed=3, ensemble=1, timestep=100.0).map("dift")[1]
     torch.testing.assert_close(other.dift[-1], picture, atol=1e-4, rtol=1e-4)
 
 
