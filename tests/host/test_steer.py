@@ -122,6 +122,16 @@ def test_words_of_another_prompt_are_told_from_a_trained_encoders(toy, words, ot
         steer(toy[1], stock(toy[1], other), words)
 
 
+def test_rows_that_hooks_of_a_schedule_change_are_taken(toy, words):
+    """They are others than the encoder's own, and so tell nothing about the prompt."""
+    ((cond, facts),) = stock(toy[1], "a red mug on sand")
+    changed, scheduled = [[cond * 1.5, facts]], toy[1].clone()
+    with pytest.raises(ValueError, match="The conditioning is not that of"):
+        steer(toy[1], changed, words)
+    scheduled.use_clip_schedule = True
+    assert "mug #3" in steer(scheduled, changed, words)[1]
+
+
 def test_words_behind_a_concept_are_found_by_the_tokens_of_its_prompt(family):
     """Their rows are others than in a plain prompt, their places are the same for a word of as many tokens."""
     from concepts.carriers.concept import Concept

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .tiny import FAMILIES, clip
+from .tiny import FAMILIES, clip, stock
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -33,3 +33,29 @@ def test_every_family_lists_its_encoders(host):
         and set(keys["flux"]) == {"clip_l", "t5xxl"}
     )
     assert len(keys["sd2"]) == 1 and set(keys["sd3"]) >= {"clip_l", "clip_g"}
+
+
+def test_names_stand_between_blanks_of_their_own():
+    """The host knows a row behind a blank or a new line; other text stays as it is."""
+    from concepts.host.text import fill
+
+    names = {"mug": "embedding:x", "hat": "cap"}
+    assert fill("<mug>, a\n<mug> (<mug>:1.2) my<mug>s", names) == (
+        "embedding:x , a\nembedding:x ( embedding:x :1.2) my embedding:x s"
+    )
+    assert fill("big<hat>s <hat>, <cup>", names) == "big cap s cap, <cup>"
+
+
+@pytest.mark.parametrize("skipped", [None, -2])
+def test_an_encoder_is_set_up_for_its_own_clip(toy, skipped):
+    """Whatever layer the clone that shares it was read at last."""
+    from concepts.host.token_features import read
+
+    own, other = toy[1].clone(), toy[1].clone()
+    own.clip_layer(skipped)
+    other.clip_layer(-3 if skipped else -2)
+    text = "a red mug"
+    expected = stock(own, text)[0][0][0]
+    assert not torch.allclose(stock(other, text)[0][0][0], expected, atol=1e-2)
+    (spoken,) = read(own, [text])
+    torch.testing.assert_close(spoken.rows, expected[list(spoken.places)])
