@@ -95,6 +95,15 @@ def test_draws_depend_on_the_seed_alone(toy):
     assert sorted(set(draws[0][0])) == [0, 1, 2, 3, 4]
 
 
+def test_pictures_are_drawn_alike_whatever_their_size():
+    from concepts.host.concept_set import ConceptSet
+
+    latents = (*(torch.zeros(4, 8, 8),) * 4, torch.zeros(4, 8, 16))
+    made, g = ConceptSet(latents, (None,) * 5, (("{}",),) * 5, (False,) * 5), torch.Generator().manual_seed(0)
+    drawn = [made.draw(1, g)[0][0] for _ in range(1000)]
+    assert all(150 < drawn.count(number) < 250 for number in range(5))
+
+
 def test_a_vae_that_overflows_is_named(toy, monkeypatch):
     with torch.inference_mode():
         broken = toy[2].encode(picture()).fill_(float("nan"))

@@ -411,6 +411,20 @@ def test_attribution_wants_a_prompt_per_picture(toy, words, mug_set):
             gradient_scores(codes, toy[0], toy[1], mug_set)
 
 
+def test_a_mirrored_picture_has_the_prompt_of_its_original(toy, words, mug_set):
+    from dataclasses import replace
+
+    from concepts.host.attribution import gradient_scores
+    from concepts.host.meanings import encode_words
+
+    data = replace(mug_set, **{k: v[:4] for k, v in vars(mug_set).items()})
+    data = replace(data, mirrored=(False, True, False, True))
+    with torch.inference_mode():
+        codes = encode_words(toy[1], words, "a mug\na red hat", ["mug", "hat"])
+        scores = gradient_scores(codes, toy[0], toy[1], data, draws=2)
+    assert bool(scores["mug"].any()) and not bool(scores["hat"].any()), "both draws are of the first picture"
+
+
 def test_one_picture_takes_its_prompts_in_turn(toy, words, mug_set):
     """Two draws of one picture with two prompts are the first draw of either, with the noise of its number."""
     from dataclasses import replace

@@ -372,6 +372,8 @@ def test_masked_loss_counts_the_masked_area_only(toy, mug_set):
     full = replace(mug_set, masks=tuple(torch.ones_like(m) for m in mug_set.masks))
     everywhere = learn(toy, full, masked_loss=True)
     assert everywhere.before == pytest.approx(whole.before, rel=1e-6)
+    some = replace(full, masks=(full.masks[0], *(None,) * 4))
+    assert learn(toy, some, masked_loss=True).losses == everywhere.losses, "all of a picture without a mask counts"
 
 
 def growth(cycle, warm: int, end: int) -> float:

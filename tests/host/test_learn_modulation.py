@@ -314,6 +314,14 @@ def test_isolation_pictures_are_drawn_when_nobody_connects_them(flux, monkeypatc
     assert "isolation" in done.terms and len(done.terms["isolation"]) == 3
 
 
+def test_isolation_pictures_of_one_text_differ(flux, monkeypatch):
+    from concepts.host import class_pictures, isolation
+
+    monkeypatch.setattr(class_pictures, "STEPS", 1)
+    made = isolation.drawn(flux.model, flux.clip, pictures(), ["a boat"] * 2, 0)
+    assert not torch.allclose(*made.latents, atol=1e-2)
+
+
 def test_the_isolation_caption_names_both_halves_and_marks_the_left_words_alone():
     from concepts.host.isolation import HALVES
     from concepts.host.words import CAPTION, unmarked
