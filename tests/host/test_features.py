@@ -395,6 +395,15 @@ def test_unread_models_are_refused():
         extract(made, [])
 
 
+def test_the_last_timestep_is_the_noisiest_level(made):
+    from concepts.host.denoise import Denoiser
+    from concepts.host.features import sigma_at
+
+    d = Denoiser(made.model)
+    last, most = (1000, 1.0) if d.space == "flow" else (999, float(d.sampling.sigma_max))
+    assert float(sigma_at(d, last)) == pytest.approx(most, rel=1e-6)
+
+
 def test_maps_of_all_layers_lie_over_each_other():
     """A latent of 9 x 9 has cells of twice the size at 5 x 5, the last of which lie half outside."""
     from concepts.host.attention import Layer

@@ -183,6 +183,9 @@ def test_looks_are_read_at_the_same_places_where_cells_reach_beyond_the_picture(
     coarse = (torch.arange(3) * 16.0 + 8).expand(1, 3, 3)
     assert at_cells(ramp, torch.tensor([0, 4]), coarse, (40, 40))[:, 0].tolist() == [8, 24]
     assert at_cells(coarse, torch.tensor([1, 23]), ramp, (40, 40))[:, 0].tolist() == [12, 28]
+    ramp, coarse = ramp.mT, coarse.mT  # and down
+    assert at_cells(ramp, torch.tensor([0, 4]), coarse, (40, 40))[:, 0].tolist() == [8, 24]
+    assert at_cells(coarse, torch.tensor([1, 23]), ramp, (40, 40))[:, 0].tolist() == [8, 36]
 
 
 def test_an_empty_mask_is_no_part(moved):
