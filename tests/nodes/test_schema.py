@@ -102,13 +102,15 @@ def test_the_page_keeps_what_is_typed(nodes):
             assert "round" not in options, f"{key}.{name}"
 
 
-def test_every_node_has_a_help_page_that_names_its_inputs(nodes, client):
+def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(nodes, client):
     assert {p.stem for p in PAGES.glob("*.md")} == set(nodes)
     for key, node in nodes.items():
         page = (PAGES / f"{key}.md").read_text(encoding="utf-8")
         assert page.startswith(f"# {node['display_name']}\n")
         for section, name, _, _ in inputs(node):
             assert section == "hidden" or f"`{name}`" in page, f"{key}.md does not explain {name}"
+        for name in node["output_name"]:
+            assert f"`{name}`" in page, f"{key}.md does not explain {name}"
         served = client.request(f"/extensions/concept-carriers/docs/{key}.md").decode()
         assert served == page
 
