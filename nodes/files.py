@@ -45,8 +45,8 @@ class SaveCarrier(io.ComfyNode):
                     "training_state",
                     default=True,
                     advanced=True,
-                    tooltip="Keep the optimiser state, so that learning can continue; the file is about three times "
-                    "as large.",
+                    tooltip="Keep the optimiser state, so that learning can continue. Up to three times as large, "
+                    "but far larger after Learn Residual Tokens and Learn K/V Tokens.",
                 ),
                 io.Boolean.Input(
                     "workflow",
