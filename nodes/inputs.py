@@ -107,8 +107,8 @@ def keeping() -> list:
             min=0,
             max=10000,
             advanced=True,
-            tooltip="Steps between live previews, which cost four forward passes each, and a fifth where vectors are "
-            "learned: where a half noised picture looks at them. 0 turns them off.",
+            tooltip="Steps between live previews. Each costs four forward passes; where vectors are learned, a fifth "
+            "shows where the model looks at them. 0 turns previews off.",
         ),
         io.Int.Input(
             "save_every",

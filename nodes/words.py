@@ -87,8 +87,8 @@ class PruneCode(io.ComfyNode):
                 ConceptSet.Input(
                     "concept_set",
                     optional=True,
-                    tooltip="For gradient: pictures of the prompts, one each in their order, or all of one prompt, or "
-                    "one of all.",
+                    tooltip="For gradient: one picture per prompt, in the same order; or several pictures of one "
+                    "prompt; or one picture for all prompts.",
                 ),
                 io.Float.Input(
                     "active_in",
