@@ -205,6 +205,12 @@ def test_a_learned_concept_shows_where_it_looks(toy, mug_set):
         assert len(maps) == 6 and all(m.shape == (k.height * k.width, 1) for k, m in maps.items())
 
 
+def test_terms_add_up_to_the_loss_of_a_step(toy, mug_set):
+    """Whose batches are several."""
+    done = learn(toy, mug_set, mapper="free", attention_weight=0.1, accumulate=2, steps=1)
+    assert done.losses == pytest.approx([sum(parts) for parts in zip(*done.terms.values(), strict=True)])
+
+
 def test_terms_are_those_of_this_run(toy, mug_set):
     """On, off and on again: what a run does not measure it does not show, and its steps are a gap in the curve."""
     from concepts.host.pictures import loss_curves
