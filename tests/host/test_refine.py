@@ -416,12 +416,31 @@ def test_what_cannot_be_compared_comes_back_as_it_is(host):
     assert done.concept is what and "covers no cell" in done.reason
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_too_few_points_hand_back_the_concept_or_end_the_run(toy, strict):
+    from concepts.host.query import refined
+
+    what, images = random_delta(toy[0]), drawn()[:1]
+    given = (*toy, what, TEXTS[1], images, {"samples": torch.zeros(1, 12, 16, 16)}, settings(minimum=1.0), {})
+    with torch.inference_mode():
+        made = {"samples": toy[2].encode(drawn()[1:2])}
+        if strict:
+            with pytest.raises(ValueError, match="Concept <mug> was not refined. Only 0 points"):
+                refined(*given, generated=made, strict=True)
+            return
+        done, matches, before, report = refined(*given, generated=made)
+        assert torch.equal(before, toy[2].decode(made["samples"]))
+    assert done is what and report.startswith("<mug> is as it was. Only 0 points") and torch.equal(matches, before)
+
+
 def test_a_mask_restricts_the_reference(host):
     made = tiny("sd15")
     sides = [2 * side for side in made.latent.shape[-2:]]
     mask = torch.zeros(1, *sides)
     mask[:, 2:6, 1:5] = 1
-    done = refine(made, None, pictures(made, references=2, mask=mask))
+    what = replace(concept(made), state={"step": torch.ones(1)})
+    done = refine(made, what, pictures(made, references=2, mask=mask))
+    assert not done.concept.state, "what is for one prompt cannot be continued"
     rows, columns = done.grids[0]
     side = sides[1] // columns
     assert len(done.pairs) == 2
