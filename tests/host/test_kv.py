@@ -223,7 +223,9 @@ def test_terms_are_those_of_this_run(toy, mug_set):
 
             return made, learning.learn(made, preview_every=0, save_every=0)
 
-    _, first = run(None, 0.1)
+    made, first = run(None, 0.1)
+    cut = made.concept(first.concept.state, first.losses[:1])
+    assert cut.state["losses.attention"].tolist() == first.terms["attention"][:1], "as when a later step broke"
     made, second = run(first.concept, 0.0)
     assert not second.terms and "weighted" not in learned_text(second)
     assert made.line(2, 0.003) == "step 2 of 2; loss 0.0030"
