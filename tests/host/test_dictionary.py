@@ -153,6 +153,16 @@ def test_continuing_equals_one_run_bit_for_bit(toy, kind):
     assert all(torch.equal(rest.dictionary.state[k], v) for k, v in whole.dictionary.state.items())
 
 
+def test_continuing_leaves_the_earlier_dictionary_as_it_was(toy):
+    """The host keeps it, and may continue from it again."""
+    earlier = learn(toy, kind="BatchTopK", steps=2).dictionary
+    parts = {**earlier.tensors, **earlier.state}
+    before = {k: v.clone() for k, v in parts.items()}
+    learn(toy, earlier, kind="BatchTopK", steps=2)
+    assert "step" in parts and parts.keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in parts.items())
+
+
 def test_an_interrupt_keeps_the_last_step(toy, monkeypatch):
     import comfy.model_management as management
 
@@ -362,6 +372,9 @@ def test_every_word_is_encoded_without_a_list(toy, words):
             encode_words(toy[1], words, " \n", [])
         with pytest.raises(CarrierMismatch, match="64 numbers of clip_l, this text encoder"):
             encode_words(clip("sdxl"), words, "a mug", [])
+        other = replace(words, info={**words.info, "encoder": "clip_g"})
+        with pytest.raises(CarrierMismatch, match="64 numbers of clip_g, this text encoder .clip_l. gives 64"):
+            encode_words(toy[1], other, "a mug", [])
 
 
 def test_attribution_is_activation_times_slope_of_the_loss(toy, words, mug_set):
@@ -412,8 +425,6 @@ def test_attribution_wants_a_prompt_per_picture(toy, words, mug_set):
 
 
 def test_a_mirrored_picture_has_the_prompt_of_its_original(toy, words, mug_set):
-    from dataclasses import replace
-
     from concepts.host.attribution import gradient_scores
     from concepts.host.meanings import encode_words
 
@@ -427,8 +438,6 @@ def test_a_mirrored_picture_has_the_prompt_of_its_original(toy, words, mug_set):
 
 def test_one_picture_takes_its_prompts_in_turn(toy, words, mug_set):
     """Two draws of one picture with two prompts are the first draw of either, with the noise of its number."""
-    from dataclasses import replace
-
     from concepts.host import attribution
     from concepts.host.meanings import encode_words
 

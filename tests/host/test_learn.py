@@ -306,6 +306,15 @@ def test_wrong_settings_say_what_to_do(toy, mug_set, changes, message):
         learn(toy, mug_set, **changes)
 
 
+def test_continuing_leaves_the_earlier_concept_as_it_was(toy, mug_set):
+    """The host keeps it, and may continue from it again."""
+    earlier = learn(toy, mug_set, steps=1).concept
+    parts = {**earlier.tensors, **earlier.state}
+    before = {k: v.clone() for k, v in parts.items()}
+    learn(toy, mug_set, earlier=earlier, steps=1)
+    assert "step" in parts and same(parts, before)
+
+
 def test_continuing_another_shape_is_refused(toy, mug_set):
     earlier = learn(toy, mug_set).concept
     with pytest.raises(CarrierMismatch, match="widgets, such as vectors"):

@@ -1,5 +1,7 @@
 """Which pixels look at a word: the node's path on every family, and that it is told when it cannot be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -92,6 +94,18 @@ def test_concepts_of_any_kind_are_looked_at(family, mug_set):
             (beside,) = looking(made.model, made.clip, made.latent, "grass", [used], ["grass"], [0.45], 0)
         assert found.maps and all(bool((seen > 0).all()) for seen in found.maps.values())
         assert found.stage == (f"stage {stages // 2} of {stages}" if stages > 1 else "") and beside.maps
+
+
+def test_a_lora_without_rows_is_looked_for_by_its_words(host):
+    from concepts.host.positions import columns_of
+
+    from .test_lora import random_delta
+
+    made = tiny("sd15")
+    what = replace(random_delta(made.model), info={"token_text": "red hat"})
+    with torch.inference_mode():
+        found = columns_of(made.model, made.clip, "a <mug> on grass", [what], ["<mug>"])
+        assert torch.equal(found, columns_of(made.model, made.clip, "a red hat on grass", [], ["red hat"]))
 
 
 def test_wrong_words_and_times_are_named(made):
