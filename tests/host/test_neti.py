@@ -119,6 +119,16 @@ def test_continued_equals_one_run(toy, mug_set, tmp_path):
     assert whole.losses == rest.losses and whole.concept.info["norms"] == rest.concept.info["norms"]
 
 
+def test_continuing_keeps_the_inputs_and_lengths_of_the_file(unet, mug):
+    """Whatever seed and class word this run has: the network was learned with those."""
+    from concepts.kernels.neti import FIXED
+
+    rest = learn(unet.model, unet.clip, pictures(unet), mug, steps=1, seed=9, init="random").concept
+    fixed = [k for k in mug.tensors if k.endswith(FIXED)]
+    assert fixed and all(torch.equal(rest.tensors[k], mug.tensors[k]) for k in fixed)
+    assert rest.info["norms"] == mug.info["norms"]
+
+
 def test_what_is_learned_is_what_the_prompt_uses(toy, mug_set):
     """At the middle of a part of the noise schedule, where the prompt reads the mapper."""
     from concepts.host.denoise import Denoiser
