@@ -296,6 +296,19 @@ def test_a_residual_starts_as_the_mean_of_its_caption(toy, mug_set):
     torch.testing.assert_close(norms, encoder.vocabulary.float().norm(dim=-1).mean().expand_as(norms))
 
 
+def test_reading_a_caption_leaves_the_encoders_layer(host):
+    """SDXL's conditions on the last but one, and captions are read at the last."""
+    from concepts.host.descriptions import caption_mean
+    from concepts.host.text import encoders
+
+    made = tiny("sdxl")
+    for encoder in encoders(made.clip):
+        before = encoder.model.layer
+        with torch.inference_mode():
+            caption_mean(encoder, "a red mug on a wooden table")
+        assert encoder.model.layer == before != "last"
+
+
 def test_a_caption_of_sd2_is_read_where_the_model_reads_it(host):
     """Files of diffusers lack the encoder's last layer, so whatever memory held stands there."""
     from concepts.host.descriptions import caption_mean
