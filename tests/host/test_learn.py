@@ -275,6 +275,25 @@ def test_a_full_disk_does_not_end_the_learning(toy, mug_set, monkeypatch, tmp_pa
     assert "NOT SAVED" in learned_text(done)
 
 
+def test_an_autosave_has_a_name_that_the_host_reads_it_by(tmp_path, monkeypatch):
+    """A file of that name in a folder of the user's comes before those in output."""
+    import folder_paths
+
+    from concepts.carriers.concept import Concept
+    from concepts.carriers.files import write_concept
+    from concepts.host import folders
+    from concepts.host.learn import Kept
+
+    mine, output = tmp_path / "mine", tmp_path / "concepts"
+    known = ([str(mine), str(output)], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.KIND, known)
+    what = Concept("mug", "tokens", {"clip_l": torch.ones(1, 1, 1, 1, 64)})
+    (mine / "autosave").mkdir(parents=True)
+    write_concept(what, mine / "autosave" / "mug.safetensors")
+    kept = Kept(output / "autosave", "mug", write_concept)
+    assert not kept.put(what) and folders.find(f"concepts/autosave/{kept.file.name}") == kept.file
+
+
 def test_a_file_that_cannot_be_written_leaves_no_empty_one(tmp_path):
     from concepts.carriers.errors import CarrierFileError
     from concepts.host.learn import Kept
