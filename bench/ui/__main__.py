@@ -75,7 +75,7 @@ def main() -> int:
         print(f"{name}: {found['nodes']} nodes, missing {found['missing']}, errors {found['errors']}")
         bad += bool(found["missing"] or found["errors"])
         if options.thumbnails:
-            picture = thumbnail(server, found["pictures"], options.out / f"{name}_done.png")
+            picture = thumbnail(server, found["pictures"], options.out / f"{name}.png")
             picture.save(PACK / "workflows" / f"{name}.jpg", quality=82, optimize=True)
     return int(bad > 0)
 
