@@ -59,8 +59,8 @@ class ExtractFeatures(io.ComfyNode):
                     max=1000,
                     advanced=True,
                     tooltip="Noise level that the model is told, 0 clean to 1000 noise. Low keeps detail, high keeps "
-                    "only what things are. -1: the preset's (DIFT 261, PDM 999; SD3 and "
-                    "Flux 260, 1000).",
+                    "only what things are. -1: the preset's (DIFT 261, PDM 999; SD3 and Flux 260, "
+                    "1000).",
                 ),
                 io.String.Input(
                     "block",
