@@ -1,5 +1,6 @@
 """A concept refined for one picture to be made: its prompt, seed and sampler settings in, pictures and a report out."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import comfy.sample
@@ -27,19 +28,33 @@ def begun(model, latent: dict) -> torch.Tensor:
 
 
 def sampled(
-    model, clip, concept: Concept, text: str, negative, latent: dict, *, seed, steps, cfg, sampler, scheduler, denoise
+    model,
+    clip,
+    concept: Concept | None,
+    text: str,
+    negative,
+    latent: dict,
+    *,
+    seed,
+    steps,
+    cfg,
+    sampler,
+    scheduler,
+    denoise,
+    show: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """The VAE latent [1, c, h, w] that the host's KSampler makes of a prompt with the concept (nodes.py).
+    """The VAE latents [b, c, h, w] that the host's KSampler makes of a prompt with the concept (nodes.py).
 
-    ``negative``: CONDITIONING, or None for the empty prompt. Shows progress. Raises: the host's interrupt.
+    ``negative``: CONDITIONING, or None for the empty prompt; ``show``: (steps done, estimate), by default a bar of its
+    own. Raises: the host's interrupt.
     """
-    positive, image = encode_prompt(clip, text, [(concept, 1.0)]), begun(model, latent)
+    positive = encode_prompt(clip, text, [(concept, 1.0)] if concept else [])
+    image, show = begun(model, latent), show or Progress(steps, model).show
     if negative is None:
         negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    if concept.kind == "delta":
+    if concept and concept.kind == "delta":
         model = lora.apply(model, concept, 1.0)
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
-    progress = Progress(steps, model)
     return comfy.sample.sample(
         model,
         noise,
@@ -52,7 +67,7 @@ def sampled(
         image,
         denoise=denoise,
         noise_mask=latent.get("noise_mask"),
-        callback=lambda step, x0, x, total: progress.show(step + 1, x0),
+        callback=lambda step, x0, x, total: show(step + 1, x0),
         disable_pbar=True,
         seed=seed,
     )

@@ -1,8 +1,14 @@
-"""Mixing two concepts."""
+"""Making one concept of several."""
 
 from comfy_api.latest import io
 
-from .sockets import Concept
+from .sockets import Concept, told
+
+PROMPTS = """a photo of {}
+a close photo of {}, grass background
+a big {} on the left, in front of a brick wall
+a small {} on the right, on sand
+{} in the snow"""
 
 
 class MixCarriers(io.ComfyNode):
@@ -75,4 +81,83 @@ class MixCarriers(io.ComfyNode):
         return io.NodeOutput(mix(concept_a, concept_b, name.strip(), mode, amount, from_layer, to_layer, layers))
 
 
-NODES = [MixCarriers]
+class FuseLoras(io.ComfyNode):
+    """Gradient fusion (Mix-of-Show, arXiv 2305.18292)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        sockets = io.Autogrow.TemplatePrefix(
+            Concept.Input("concept", tooltip="From Learn Concept LoRA, or from Load Concept."),
+            prefix="concept",
+            min=2,
+            max=20,
+        )
+        return io.Schema(
+            node_id="ConceptFuseLoras",
+            display_name="Fuse Concept LoRAs",
+            category="concepts/use",
+            description="Makes one LoRA of several that were learned alone, so that they disturb each other less than "
+            "when they are only stacked. Every LoRA first draws a few pictures of its concept.",
+            search_aliases=["merge loras", "combine loras", "gradient fusion", "mix-of-show", "stack loras"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that all were learned on, without any of them. It stays."),
+                io.Clip.Input("clip", tooltip="The model's text encoders, which read the prompts."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="From Empty Latent Image: size of the pictures that the LoRAs draw, and how many per "
+                    "prompt. The size you use later is best.",
+                ),
+                io.Autogrow.Input(
+                    "concepts", template=sockets, tooltip="Two or more LoRAs; sockets grow as you connect."
+                ),
+                io.String.Input("name", default="fused", tooltip="Name of the new concept."),
+                io.String.Input(
+                    "prompts",
+                    default=PROMPTS,
+                    multiline=True,
+                    tooltip="What every LoRA draws, a line per prompt, {} for its own words. The closer to your later "
+                    "prompts the better.",
+                ),
+                io.String.Input(
+                    "keep",
+                    default="",
+                    multiline=True,
+                    tooltip="Prompts without the concepts, a line each, that are to stay as the model draws them "
+                    "without LoRAs; for example: a photo of a mug. Empty: none.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps per picture."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Of the pictures' noise. The same seed gives the same LoRA.",
+                ),
+            ],
+            outputs=[
+                Concept.Output(
+                    display_name="concept",
+                    tooltip="One LoRA for all. Connect to Apply Concept, or to Save Concept for a stock file.",
+                ),
+                io.Latent.Output(display_name="pictures", tooltip="What each LoRA drew; decode them to look."),
+                io.String.Output(
+                    display_name="report", tooltip="How far each LoRA is from what it did alone, fused and added."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, latent_image, concepts, name, prompts, keep, steps, seed) -> io.NodeOutput:
+        from ..host.fusion import FusionSettings, fuse  # not at every start
+
+        lines = [tuple(filter(None, map(str.strip, text.splitlines()))) for text in (prompts, keep)]
+        found = [c for c in concepts.values() if c is not None]
+        whole, pictures, report = fuse(
+            model, clip, found, latent_image, FusionSettings(name.strip(), *lines, steps, seed)
+        )
+        return told(report, whole, {"samples": pictures}, report)
+
+
+NODES = [MixCarriers, FuseLoras]
