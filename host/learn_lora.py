@@ -105,6 +105,12 @@ class LoraSession(Session):
         self.fixed: dict[str, torch.Tensor] = {}
         if earlier and (before := earlier.info.get("slot", 0)) != settings.slot:
             raise CarrierMismatch(f"Concept <{earlier.name}> was learned with slot {before}; continue with that one.")
+        before = earlier.info.get("tokens_learning_rate", 0.0) if earlier and earlier.state else None
+        if before is not None and bool(before) != bool(settings.tokens_learning_rate):
+            raise CarrierMismatch(
+                f"Concept <{earlier.name}> was learned with tokens_learning_rate {before:g}, and its training state is "
+                "of that; set it so again, or save the concept without training state and continue from that."
+            )
         if settings.slot:
             slot_rows(lora.narrowest(model, self.chosen), settings.rank, settings.slot)  # raises before class pictures
         if settings.attention_weight:

@@ -396,6 +396,9 @@ def test_rows_are_learned_along_by_their_own_rate(toy, mug_set, tmp_path):
     bare = replace(moved.concept, state={})
     more = learn(toy, mug_set, earlier=bare, token_text="", steps=1, tokens_learning_rate=1e-2)
     assert float((as_tokens(more.concept).tensors["clip_l"] - found).abs().max()) < 1.1e-2, "from where they were"
+    for earlier, rate in ((moved.concept, 0.0), (same_rows.concept, 1e-2)):
+        with pytest.raises(CarrierMismatch, match="set it so again, or save the concept without training state"):
+            learn(toy, mug_set, earlier=earlier, token_text="", tokens_learning_rate=rate)
     with pytest.raises(ValueError, match="none is connected to tokens"):
         learn(toy, mug_set, tokens_learning_rate=1e-3)
 
