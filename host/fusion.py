@@ -101,19 +101,25 @@ def fuse(
                             "LoRA alone with Apply Concept, or start ComfyUI with --force-fp32."
                         )
             seen.append(inputs)
-    made, report = _solved(concepts, places, paths, seen)
+    made, off, added = _solved(concepts, places, paths, seen)
     info = {
         "fused": names,
         "prompts": list(settings.prompts),
         "keep": list(settings.keep),
         "sampling_steps": settings.steps,
         "seed": settings.seed,
+        "off": off,
+        "off_if_added": added,
         "architecture": type(model.model.model_config).__name__,
         "base": fingerprint(model),
         "clip": [e.key for e in encoders(clip)],
     }
     whole = Concept(settings.name, "delta", made, info)
-    return whole, torch.cat(drawn).cpu(), "\n".join([f"<{settings.name}>: {', '.join(names)} fused", *report])
+    lines = [f"<{settings.name}>: {', '.join(names)} fused"] + [
+        f"<{name}>: what its LoRA does to its own pictures is off by {a:.0%}; by {b:.0%} if the LoRAs were only added"
+        for name, a, b in zip(names, off, added, strict=True)
+    ]
+    return whole, torch.cat(drawn).cpu(), "\n".join(lines)
 
 
 def _shown(progress: Progress, before: int, done: int, estimate: torch.Tensor) -> None:
@@ -141,8 +147,9 @@ def _draw(model, clip, concept, text: str, latent: dict, seed: int, steps: int, 
 
 def _solved(
     concepts: Sequence[Concept], places: list[dict[str, str]], paths: dict[str, str], seen: list[Inputs]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Factors of the fused delta, and per concept how far its LoRA's effect on its own inputs is off."""
+) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+    """Factors of the fused delta; per concept how far its LoRA's effect on its own inputs is off then, and if the LoRAs
+    were added, as a share of that effect's length."""
     made, own = {}, [{path: layer for layer, path in found.items()} for found in places]
     off, added, alone = ([0.0] * len(concepts) for _ in range(3))
     for path, layer in paths.items():
@@ -162,12 +169,8 @@ def _solved(
         made[layer + delta.DOWN] = torch.cat(new)
         made[layer + delta.UP] = torch.cat(ups, 1)
         made[layer + delta.ALPHA] = torch.tensor(float(sum(map(len, new))))
-    shares = zip(concepts, off, added, alone, strict=True)
-    return made, [
-        f"<{c.name}>: what its LoRA does to its own pictures is off by {(a / max(d, 1e-30)) ** 0.5:.0%}; "
-        f"by {(b / max(d, 1e-30)) ** 0.5:.0%} if the LoRAs were only added"
-        for c, a, b, d in shares
-    ]
+    off, added = ([(a / max(b, 1e-30)) ** 0.5 for a, b in zip(v, alone, strict=True)] for v in (off, added))
+    return made, off, added
 
 
 def _scaled_up(tensors, layer: str) -> torch.Tensor:

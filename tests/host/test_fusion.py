@@ -135,8 +135,9 @@ def test_each_lora_does_what_it_did_alone():
                     alone + value * (total == 2),
                 )
         assert off < 0.7 * added, "another noise, the same kind of inputs"
-        said = [float(word.strip("%;")) for word in line.split() if word.strip(";").endswith("%")]
-        assert said[0] < said[1] and said[1] == pytest.approx(100 * (added / alone) ** 0.5, abs=15)
+        number = both.info["fused"].index(concept.name)
+        assert both.info["off_if_added"][number] == pytest.approx((added / alone) ** 0.5, rel=0.15)
+        assert f"<{concept.name}>: " in line and f"off by {both.info['off'][number]:.0%};" in line
 
 
 def test_what_is_kept_changes_less():

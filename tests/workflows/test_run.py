@@ -154,7 +154,7 @@ def test_the_stock_loss_graph_takes_the_losses(client):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_", "8_", "9_", "15_", "16_"])
+@pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_", "8_", "9_", "15_", "16_", "18_"])
 def test_every_learner_learns_saves_and_draws(client, server, which):
     """The graphs of the other learners with fewer steps, from pictures to scenes."""
     made = graph(which)
@@ -162,7 +162,7 @@ def test_every_learner_learns_saves_and_draws(client, server, which):
         if node["class_type"].startswith("ConceptLearn"):
             node["inputs"] |= {"steps": 3, "preview_every": 2, "save_every": 0}
             node["inputs"] |= {"class_pictures": 2} if node["inputs"].get("class_pictures") else {}
-        if node["class_type"] == "KSampler":
+        if node["class_type"] in ("KSampler", "ConceptFuseLoras"):
             node["inputs"]["steps"] = 3
     result = run(client, made)
     learners = [k for k, n in made.items() if n["class_type"].startswith("ConceptLearn")]
