@@ -86,8 +86,7 @@ def fuse(
     seen, drawn = [], []
     with advised(advice):
         for concept, texts in runs:
-            rows = as_tokens(concept) if concept else None
-            inputs = Inputs(paths, not rows or all(v.shape[1:3] == (1, 1) for v in rows.tensors.values()))
+            inputs = Inputs(paths, _one_text(model, concept))
             say(f"drawing {f'<{concept.name}>' if concept else 'what is kept'}")
             with inputs.of(model) as watched:
                 for number, text in enumerate(texts):
@@ -120,6 +119,13 @@ def fuse(
         for name, a, b in zip(names, off, added, strict=True)
     ]
     return whole, torch.cat(drawn).cpu(), "\n".join(lines)
+
+
+def _one_text(model, concept: Concept | None) -> bool:
+    """Whether all layers read the same text: no rows per layer or role, and no other node that hands out texts."""
+    rows = as_tokens(concept) if concept else None
+    patches = model.model_options.get("transformer_options", {}).get("patches", {})
+    return not patches.get("attn2_patch") and (not rows or all(v.shape[1:3] == (1, 1) for v in rows.tensors.values()))
 
 
 def _shown(progress: Progress, before: int, done: int, estimate: torch.Tensor) -> None:

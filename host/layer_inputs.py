@@ -4,8 +4,11 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import comfy.model_management
 import comfy.patcher_extension
 import torch
+
+from ..carriers.errors import CarrierMismatch
 
 RECENT = 8
 """Inputs among which a layer's own is looked for; a UNet's text comes again after four others."""
@@ -23,7 +26,15 @@ class Inputs:
         self.prompts: list[bool] = []
 
     def gram(self, path: str) -> torch.Tensor:
-        """[k, k] of one layer, fp32 on the CPU once the context of ``of`` is closed."""
+        """[k, k] of one layer, fp32 on the CPU once the context of ``of`` is closed.
+
+        Raises: CarrierMismatch for a layer that was not seen.
+        """
+        if path not in self.first:
+            raise CarrierMismatch(
+                f"The model was sampled without its layer {path} being seen, as when it is compiled; connect the model "
+                "as it is before Torch Compile and the like."
+            )
         return self.held[self.first[path]]
 
     @contextlib.contextmanager
@@ -62,6 +73,15 @@ class Inputs:
             rows = x[torch.tensor(self.prompts, device=x.device)] if len(x) == len(self.prompts) else x
             rows = rows.flatten(0, -2).float()
             own = rows.T @ rows
-            self.held[path] = self.held[path].add_(own) if path in self.held else own
+            if path not in self.held:
+                self.held[path] = torch.zeros_like(own, device=_place(own.device))
+            self.held[path] += own.to(self.held[path].device)
 
         return hook
+
+
+def _place(device: torch.device) -> torch.device:
+    """Where there is room beside what sampling needs; all layers of SDXL take 1.7 GB, of Flux 2.9."""
+    management = comfy.model_management
+    full = management.get_free_memory(device) < management.minimum_inference_memory()
+    return torch.device("cpu") if full else device

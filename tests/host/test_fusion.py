@@ -249,6 +249,35 @@ def test_pictures_that_are_not_finite_are_refused_and_nothing_stays():
     assert not hooks(made)
 
 
+def test_texts_of_another_node_are_read_apart(monkeypatch):
+    made, used = tiny("sd15"), watched(monkeypatch)
+    made.model.set_model_attn2_patch(lambda n, key, value, options: (n, key, value * 2))
+    try:
+        fuse(made, two(made))
+    finally:
+        del made.model.model_options["transformer_options"]["patches"]
+    key, value = (next(p for p in used[0].paths if p.endswith(f"attn2.to_{role}")) for role in "kv")
+    torch.testing.assert_close(used[0].gram(value), 4 * used[0].gram(key))
+
+
+def test_a_layer_that_was_not_seen_is_named():
+    from concepts.host.layer_inputs import Inputs
+
+    with pytest.raises(CarrierMismatch, match="without its layer a[.]b being seen.*before Torch Compile"):
+        Inputs(["a.b"], True).gram("a.b")
+
+
+def test_sums_go_to_the_cpu_where_a_device_is_full(host, monkeypatch):
+    import comfy.model_management as management
+
+    from concepts.host.layer_inputs import _place
+
+    device = torch.device("meta")
+    for free, place in ((management.minimum_inference_memory() + 1, device), (0, torch.device("cpu"))):
+        monkeypatch.setattr(management, "get_free_memory", lambda device, free=free: free)
+        assert _place(device) == place
+
+
 def test_an_interrupt_leaves_nothing_on_the_model(monkeypatch):
     import comfy.model_management as management
 
