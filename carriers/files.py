@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -31,6 +32,8 @@ OURS = ("mapper", "modulation")
 """Kinds whose tensors no other program could read."""
 SPECS = {"tokens": "textual-inversion", "delta": "lora", "mapper": "neti", "modulation": "tokenverse"}
 """Names of the kinds in https://github.com/Stability-AI/ModelSpec."""
+LONGEST = 100
+"""Bytes of a file's name without its ending; disks take 255, Windows 260 with all folders."""
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
 
@@ -131,10 +134,11 @@ def discard(path: Path) -> None:
 def claim(folder: Path, name: str, taken: Callable[[Path], bool] | None = None) -> Path:
     """An empty file under a name that none has yet: ``name``, or ``name_2``, ``name_3``, ...
 
-    ``taken``: whether a path may not be used though no file is there. Anything but letters, digits, blank, dot, - and _
-    becomes _. Raises: CarrierFileError when the disk refuses.
+    ``taken``: whether a path may not be used though no file is there. Anything but letters of any script, digits,
+    blank, dot, - and _ becomes _. Raises: CarrierFileError when the disk refuses.
     """
-    stem = re.sub(r"[^\w .-]", "_", name.removesuffix(".safetensors"), flags=re.ASCII).strip(" .")[:100]
+    stem = re.sub(r"[^\w .-]", "_", unicodedata.normalize("NFC", name.removesuffix(".safetensors"))).strip(" .")
+    stem = stem.encode()[:LONGEST].decode(errors="ignore").strip(" .")
     stem = f"_{stem}" if not stem or RESERVED.fullmatch(stem) else stem
     number, path = 1, Path(folder)
     try:
@@ -147,10 +151,9 @@ def claim(folder: Path, name: str, taken: Callable[[Path], bool] | None = None) 
             with contextlib.suppress(FileExistsError):
                 path.open("xb").close()  # taken for us, also against a second process
                 return path
-    except OSError as error:
-        raise CarrierFileError(
-            f"{path} could not be written ({error.strerror or error}); choose another folder."
-        ) from error
+    except (OSError, UnicodeError) as error:  # a disk may take ASCII alone
+        why = getattr(error, "strerror", None) or error
+        raise CarrierFileError(f"{path} could not be written ({why}); choose another folder or name.") from error
 
 
 def write_new(
