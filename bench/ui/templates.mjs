@@ -29,7 +29,7 @@ async function layOut(api, note) {
     const columns = [['ConceptLoadToyWorld', 'CheckpointLoaderSimple', 'ConceptLoadToyReferences', 'LoadImage', 'ConceptLoadCarrier', 'ConceptLoadDictionary', 'ConceptTrainDictionary'],
       ['ConceptMakeSet', 'BatchImagesNode'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptLearnModulation', 'ConceptExtractFeatures', 'ConceptRefineForPrompt'],
       ['ConceptMatchFeatures', 'ConceptMatchPoint', 'ConceptShowFeatures', 'ConceptTransferMask', 'ConceptFindPicture', 'ConceptEncodeWords', 'ConceptPruneCode', 'MaskToImage', 'ImageFromBatch'],
-      ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'PreviewAny', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
+      ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptFuseLoras', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'PreviewAny', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
     const size = node => {
       const least = node.computeSize()
       const text = node.widgets?.some(w => w.type === 'customtext')
