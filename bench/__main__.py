@@ -2,11 +2,11 @@
 
 Cases: ti_vs_diffusers, prism_vs_script, lora_vs_core (a learning step against others' code on the same weights),
 core_gradients (of the core's trainer), match_vs_kornia (pairs of cells of two feature grids), refine_cost (passes of
-one refinement), dictionary (sparse autoencoders of token features); fidelity, prism, stage2, together, kv, per_query,
-words (methods over the novel concepts, with bootstrap intervals); quality (the toy world itself), prompt_cost and
-modulation_cost (sampling with rows per stage, layer and role, and with modulated words), attention_tap (maps of words
-beside attention), pck (points found in other pictures), full_size (learning, refining and sampling with SDXL and Flux
-on one GPU). Needs COMFYUI_PATH.
+one refinement), dictionary (sparse autoencoders of token features); fidelity, prism, stage2, together, kv, scene,
+per_query, words (methods over the novel concepts, with bootstrap intervals); quality (the toy world itself),
+prompt_cost and modulation_cost (sampling with rows per stage, layer and role, and with modulated words), attention_tap
+(maps of words beside attention), pck (points found in other pictures), full_size (learning, refining and sampling with
+SDXL and Flux on one GPU). Needs COMFYUI_PATH.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 CASES = (
     *("ti_vs_diffusers", "prism_vs_script", "lora_vs_core", "core_gradients", "match_vs_kornia", "refine_cost"),
     "dictionary",
-    *("fidelity", "prism", "stage2", "together", "kv", "per_query", "words"),
+    *("fidelity", "prism", "stage2", "together", "kv", "scene", "per_query", "words"),
     *("quality", "prompt_cost", "modulation_cost", "attention_tap", "pck", "full_size"),
 )
 

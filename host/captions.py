@@ -48,18 +48,19 @@ def _level(tokenizer, texts: list) -> None:
 class Prompts:
     """Captions in which ``{}`` stands for the concept, and ``{name}`` for further learned rows."""
 
-    def __init__(self, clip, texts: list[str], word: str, counts: Mapping[str, Mapping[str, int]]):
+    def __init__(self, clip, texts: list[str], word: str | Mapping[str, str], counts: Mapping[str, Mapping[str, int]]):
         """``counts``: per mark (the concept is "") the learned vectors per encoder key.
 
-        Encoders that learn nothing see the plain ``word`` in the concept's place, and nothing at other marks.
+        Encoders that learn nothing see the plain ``word`` in the concept's place, and nothing at other marks; or a word
+        per mark.
         Raises: CarrierMismatch when a caption has no learned row where it has a mark.
         """
         self.clip, self.slots, self.names = clip, {e.slot: e.key for e in encoders(clip)}, list(counts)
         self.plain: dict[str, dict[str, torch.Tensor]] = {}
         """Per mark the rows of encoders that learn nothing."""
-        table = {}
+        table, words = {}, {"": word} if isinstance(word, str) else word
         for number, (name, of_mark) in enumerate(counts.items()):
-            own = {e.key: e.rows("" if name else word) for e in encoders(clip) if e.key not in of_mark}
+            own = {e.key: e.rows(words.get(name, "")) for e in encoders(clip) if e.key not in of_mark}
             lengths = {**of_mark, **{key: len(rows) for key, rows in own.items()}}
             table[f"{INNER}{number}"] = {
                 e.key: mark_rows(STRIDE * number + torch.arange(lengths[e.key]), e.width) for e in encoders(clip)

@@ -97,7 +97,7 @@ def _coloured(picture: torch.Tensor, number: int) -> torch.Tensor:
     return picture.movedim(-1, 0)[:3].float().expand(3, -1, -1)
 
 
-def _cover(mask: torch.Tensor, number: int) -> torch.Tensor:
+def covering(mask: torch.Tensor, number: int) -> torch.Tensor:
     """A mask [h, w] or [1, h, w] as [h, w] in 0..1."""
     if mask.ndim == 3 and len(mask) == 1:
         mask = mask[0]
@@ -108,6 +108,14 @@ def _cover(mask: torch.Tensor, number: int) -> torch.Tensor:
     if not bool(torch.isfinite(mask).all()):
         raise ValueError(f"Mask {number} holds numbers that are not finite; look at the node that made it.")
     return mask.float().clamp(0, 1)
+
+
+def at_latent(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A mask [h, w] at a latent's ``size``, cut at the rim as ``make_set`` cuts a picture of its shape."""
+    scale = max(size[0] / mask.shape[0], size[1] / mask.shape[1])
+    high, wide = (max(1, min(side, round(cells / scale))) for side, cells in zip(mask.shape, size, strict=True))
+    top, left = (mask.shape[0] - high) // 2, (mask.shape[1] - wide) // 2
+    return F.interpolate(mask[None, None, top : top + high, left : left + wide], size, mode="area")[0, 0].cpu()
 
 
 def make_set(
@@ -129,7 +137,7 @@ def make_set(
     gives nan; the host's interrupt.
     """
     pictures = [_coloured(p, n + 1) for n, p in enumerate(p for batch in images for p in batch)]
-    covers = [_cover(m, n + 1) for n, m in enumerate(m for b in masks for m in (b if b.ndim > 2 else b[None]))]
+    covers = [covering(m, n + 1) for n, m in enumerate(m for b in masks for m in (b if b.ndim > 2 else b[None]))]
     if not pictures:
         raise ValueError("There are no pictures to learn from; connect at least one image.")
     if covers and len(covers) != len(pictures):

@@ -66,17 +66,22 @@ def _marked(words: list, number: int) -> list[int]:
     return [row for token, row in words if (mark := mark_of(token)) is not None and mark // STRIDE == number]
 
 
-def learned_columns(model, clip, tokens: Mapping) -> torch.Tensor | None:
-    """Columns [1, m, 1] of the learned rows in a token dict of ``captions.Prompts``: the mean over those of its first
-    mark; None where the context shows none of them. Raises: CarrierMismatch as ``read_from`` does."""
-    rows, total = [], 0
+def learned_columns(model, clip, tokens: Mapping, marks: int = 1) -> torch.Tensor | None:
+    """Columns [1, m, marks] of the learned rows in a token dict of ``captions.Prompts``: for each of its first marks
+    the mean over those of the mark, zeros where there are none; None where the context shows none at all.
+
+    Raises: CarrierMismatch as ``read_from`` does.
+    """
+    rows, total = [[] for _ in range(marks)], 0
     for encoder in read_from(model, clip):
         words, _, _ = placed(encoder, tokens, total)
         total += length_of(encoder, tokens)
-        rows += [row for row in _marked(words, 0) if row < total]
-    columns = torch.zeros(1, total, 1)
-    columns[0, rows] = 1 / max(1, len(rows))
-    return columns if rows else None
+        for mark, own in enumerate(rows):
+            own += [row for row in _marked(words, mark) if row < total]
+    columns = torch.zeros(1, total, marks)
+    for mark, own in enumerate(rows):
+        columns[0, own, mark] = 1 / max(1, len(own))
+    return columns if any(rows) else None
 
 
 def columns_of(

@@ -45,6 +45,15 @@ def split_times(count: int, border: float, share: float, draw: torch.Generator) 
     return torch.where(above, border + (1 - border) * u, border * u)
 
 
+def subset(count: int, draw: torch.Generator) -> tuple[int, ...]:
+    """Some of the numbers 0 .. ``count`` - 1 in random order: first how many, 1 to all alike, and then which.
+
+    Union sampling of Break-A-Scene (arXiv 2305.16311), as its authors' code has it.
+    """
+    size = int(torch.randint(1, count + 1, (1,), generator=draw))
+    return tuple(torch.randperm(count, generator=draw)[:size].tolist())
+
+
 def slot_rows(width: int, rank: int, slot: int) -> torch.Tensor:
     """Directions that belong to one slot of a random orthonormal basis, the same for everyone.
 

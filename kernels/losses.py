@@ -44,6 +44,17 @@ def masked_mse(error: torch.Tensor, mask: torch.Tensor | None = None) -> torch.T
     return (square.mean(1, keepdim=True) * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
 
 
+def map_loss(maps: torch.Tensor, masks: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """How far attention maps, each divided by its highest value, are from masks (Break-A-Scene, arXiv 2305.16311).
+
+    maps, masks [b, c, h, w]; drawn [b, c]: 1 for the things that a sample counts, 0 for others.
+    Returns: scalar, the mean square over pixels, over a sample's things, and over samples.
+    """
+    top = maps.amax((-2, -1), keepdim=True).clamp_min(1e-12)  # maps of things that are not there are zero
+    apart = (maps / top - masks).square().mean((-2, -1))
+    return ((apart * drawn).sum(1) / drawn.sum(1)).mean()
+
+
 def pair_distance(first: torch.Tensor, second: torch.Tensor, kind: str = "length") -> torch.Tensor:
     """How far features of matched points are apart (Per-Query Visual Concept Learning, arXiv 2508.09045).
 

@@ -22,12 +22,13 @@ from . import (  # noqa: E402
     prompt,
     refine,
     residual,
+    scene,
     toy,
     words,
 )
 
 MODULES = [
-    *(toy, concept_set, learn, residual, kv, lora, modulation, refine, prompt, mix, attention),
+    *(toy, concept_set, learn, residual, kv, scene, lora, modulation, refine, prompt, mix, attention),
     *(features, matching, finding, dictionary, words, files),
 ]
 

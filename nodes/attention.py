@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .sockets import named_concepts
+from .sockets import connected, named_concepts
 
 
 class ShowAttention(io.ComfyNode):
@@ -67,8 +67,9 @@ class ShowAttention(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..host.show import shown  # not at every start
 
-        given = [c for c in (concepts or {}).values() if c is not None]
-        return io.NodeOutput(*shown(model, clip, text, given, words, noise_levels, seed, image, vae, latent))
+        return io.NodeOutput(
+            *shown(model, clip, text, connected(concepts), words, noise_levels, seed, image, vae, latent)
+        )
 
 
 NODES = [ShowAttention]

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .sockets import Features, named_concepts, told
+from .sockets import Features, connected, named_concepts, told
 
 
 class ExtractFeatures(io.ComfyNode):
@@ -120,7 +120,7 @@ class ExtractFeatures(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..host.features import extracted  # not at every start
 
-        given = [c for c in (concepts or {}).values() if c is not None]
+        given = connected(concepts)
         by_hand = {
             "timestep": None if timestep < 0 else timestep,
             "noise": {"auto": None, "on": True, "off": False}[add_noise],

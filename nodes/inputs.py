@@ -45,8 +45,15 @@ def noise(
     laws: tuple[str, ...] = LAWS,
     law_tip: str = "Which noise levels are trained. logit-normal is usual for SD3 and Flux, whose levels are then "
     "shifted as in sampling.",
+    masked: bool = True,
 ) -> list:
-    """Accumulation, noise levels (the first of ``laws`` unless said otherwise) and mask."""
+    """Accumulation, noise levels (the first of ``laws`` unless said otherwise), and whether to count the mask alone."""
+    mask = io.Boolean.Input(
+        "masked_loss",
+        default=False,
+        advanced=True,
+        tooltip="Count only the masked area of each picture, so that backgrounds are not learned.",
+    )
     return [
         io.Int.Input(
             "accumulate",
@@ -75,12 +82,7 @@ def noise(
             advanced=True,
             tooltip="Highest trained time; 1 is pure noise. Must be above timestep_low.",
         ),
-        io.Boolean.Input(
-            "masked_loss",
-            default=False,
-            advanced=True,
-            tooltip="Count only the masked area of each picture, so that backgrounds are not learned.",
-        ),
+        *([mask] if masked else []),
     ]
 
 

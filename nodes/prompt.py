@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .sockets import named_concepts
+from .sockets import connected, named_concepts
 
 
 class EncodePrompt(io.ComfyNode):
@@ -60,7 +60,7 @@ class EncodePrompt(io.ComfyNode):
     def execute(cls, clip, text, strength, concepts, directions="live") -> io.NodeOutput:
         from ..host.prompt import encode_prompt  # not at every start
 
-        given = [(c, strength) for c in (concepts or {}).values() if c is not None]
+        given = [(c, strength) for c in connected(concepts)]
         return io.NodeOutput(encode_prompt(clip, text, given, cached=directions == "cached"))
 
 

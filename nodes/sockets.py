@@ -21,6 +21,14 @@ def named_concepts() -> io.Autogrow.Input:
     )
 
 
+def connected(concepts: dict | None) -> list:
+    """The concepts of ``named_concepts``, and behind them the words of each scene."""
+    from ..carriers.scene import things  # not at every start
+
+    given = [c for c in (concepts or {}).values() if c is not None]
+    return given + [thing for c in given for thing in things(c)]
+
+
 def told(texts: str | tuple[str, ...], *outputs) -> io.NodeOutput:
     """Outputs with a report: whole in the run's history, its first two lines on the node, which has no more room."""
     from ..host.progress import say  # not at every start

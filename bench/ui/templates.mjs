@@ -27,7 +27,7 @@ async function layOut(api, note) {
     await window.app.loadApiJson(api, 'template')
     const graph = window.app.graph
     const columns = [['ConceptLoadToyWorld', 'CheckpointLoaderSimple', 'ConceptLoadToyReferences', 'LoadImage', 'ConceptLoadCarrier', 'ConceptLoadDictionary', 'ConceptTrainDictionary'],
-      ['ConceptMakeSet', 'BatchImagesNode'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnLora', 'ConceptLearnModulation', 'ConceptExtractFeatures', 'ConceptRefineForPrompt'],
+      ['ConceptMakeSet', 'BatchImagesNode', 'InvertMask', 'BatchMasksNode'], ['ConceptLearnTokens', 'ConceptLearnResiduals', 'ConceptLearnKV', 'ConceptLearnScene', 'ConceptLearnLora', 'ConceptLearnModulation', 'ConceptExtractFeatures', 'ConceptRefineForPrompt'],
       ['ConceptMatchFeatures', 'ConceptMatchPoint', 'ConceptShowFeatures', 'ConceptTransferMask', 'ConceptFindPicture', 'ConceptEncodeWords', 'ConceptPruneCode', 'MaskToImage', 'ImageFromBatch'],
       ['ConceptApplyCarrier', 'ConceptMixCarriers', 'ConceptFuseLoras', 'ConceptShowAttention', 'VAEDecode', 'PreviewImage', 'PreviewAny', 'ConceptInspectCarrier', 'ConceptSaveCarrier', 'CLIPTextEncode', 'EmptyLatentImage']]
     const size = node => {

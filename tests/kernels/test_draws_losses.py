@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from concepts.kernels.draws import LAWS, SLOTS, generator, linear_start, slot_rows, split_times, times
-from concepts.kernels.losses import exclusion, masked_mse, pair_distance, residual
+from concepts.kernels.draws import LAWS, SLOTS, generator, linear_start, slot_rows, split_times, subset, times
+from concepts.kernels.losses import exclusion, map_loss, masked_mse, pair_distance, residual
 
 
 def test_draws_depend_on_every_part_and_leave_the_global_generator_alone():
@@ -41,6 +41,19 @@ def test_split_times_fall_on_either_side_by_their_share(share):
 def test_an_empty_range_is_refused(low, high):
     with pytest.raises(ValueError, match="empty"):
         times(1, "uniform", low, high, torch.Generator())
+
+
+def test_subsets_have_every_size_alike_and_any_order():
+    """As random.randrange for the size and random.sample for the rest give them."""
+    found = [subset(3, generator(0, step, "test")) for step in range(3000)]
+    shares = [sum(len(own) == size for own in found) / len(found) for size in (1, 2, 3)]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.03)
+    assert all(len(set(own)) == len(own) and set(own) <= {0, 1, 2} for own in found)
+    pairs = [own for own in found if len(own) == 2]
+    assert {own: pairs.count(own) / len(pairs) for own in set(pairs)} == {
+        own: pytest.approx(1 / 6, abs=0.04) for own in [(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)]
+    }
+    assert found[7] == subset(3, generator(0, 7, "test")) and subset(1, generator(0, 0, "test")) == (0,)
 
 
 @pytest.mark.parametrize("width, rank", [(64, 4), (100, 3), (320, 20)])
@@ -114,6 +127,29 @@ def test_exclusion_is_the_difference_of_two_predictions(space):
     exclusion(space, sigma, a, b, sd).sum().backward()
     assert b.grad is None
     assert torch.autograd.gradcheck(lambda e: exclusion(space, sigma, e, b, sd), (a,))
+
+
+def test_maps_are_compared_with_masks_as_parts_of_their_maximum():
+    """A thing at a time, as Break-A-Scene's code does; things that a sample does not draw count nothing."""
+    g = torch.Generator().manual_seed(0)
+    maps, masks = (torch.rand(3, 2, 4, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    drawn = torch.tensor([[1, 1], [0, 1], [1, 0]], dtype=torch.float64)
+    maps[1, 0] = 0
+    naive = []
+    for sample in range(3):
+        own = [i for i in range(2) if drawn[sample, i]]
+        apart = [((maps[sample, i] / maps[sample, i].max() - masks[sample, i]) ** 2).mean() for i in own]
+        naive.append(sum(apart) / len(own))
+    torch.testing.assert_close(map_loss(maps, masks, drawn), torch.stack(naive).mean())
+    torch.testing.assert_close(map_loss(3 * maps, masks, drawn), torch.stack(naive).mean())
+    assert float(map_loss(masks / masks.amax((-2, -1), True), masks / masks.amax((-2, -1), True), drawn)) == 0
+    maps.requires_grad_()
+    (gradient,) = torch.autograd.grad(map_loss(maps, masks, drawn), maps)
+    assert bool(torch.isfinite(gradient).all()) and [bool(g.any()) for g in gradient.flatten(0, 1)] == (
+        drawn.flatten().bool().tolist()
+    )
+    first = maps[[0, 2]].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: map_loss(m, masks[[0, 2]], drawn[[0, 2]]), (first,))
 
 
 def test_distance_of_pairs_is_written_out_and_has_its_gradient():

@@ -9,6 +9,7 @@ NODES = [
     ("learn", "LearnTokens"),
     ("kv", "LearnKV"),
     ("residual", "LearnResiduals"),
+    ("scene", "LearnScene"),
     ("lora", "LearnLora"),
     ("modulation", "LearnModulation"),
     ("dictionary", "TrainDictionary"),

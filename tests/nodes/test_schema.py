@@ -135,6 +135,7 @@ KNOWN = [
     ("ConceptShowFeatures", "kind", "host.feature_pictures", "KINDS"),
     ("ConceptLearnKV", "mapper", "host.learn_kv", "MAPPERS"),
     ("ConceptLearnKV", "attention_layers", "host.attention", "LAYERS"),
+    ("ConceptLearnScene", "attention_layers", "host.attention", "LAYERS"),
     ("ConceptLearnKV", "attention_loss", "kernels.attention", "LOSSES"),
     ("ConceptLearnLora", "layers", "host.lora", "CHOICES"),
     ("ConceptLearnResiduals", "preset", "host.learn_residual", "PRESETS"),

@@ -154,7 +154,7 @@ def test_the_stock_loss_graph_takes_the_losses(client):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_", "8_", "9_", "15_", "16_", "18_"])
+@pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_", "8_", "9_", "15_", "16_", "17_", "18_"])
 def test_every_learner_learns_saves_and_draws(client, server, which):
     """The graphs of the other learners with fewer steps, from pictures to scenes."""
     made = graph(which)
@@ -175,6 +175,8 @@ def test_every_learner_learns_saves_and_draws(client, server, which):
         assert read_any(place).info.get("steps", 3) == 3  # a mix has none
     if which == "4_":
         assert len(result["outputs"][keys(made, "SaveImage")[-1]]["images"]) == 5, "a picture per residual"
+    if which == "17_":
+        assert len(result["outputs"][keys(made, "SaveImage")[-1]]["images"]) == 2, "a picture per word"
 
 
 @pytest.mark.slow
