@@ -57,7 +57,7 @@ async function layOut(api, note) {
         const [w, h] = size(node)
         node.pos = [x, y]
         y += h + 60 + (node.type.startsWith('Concept') ? 50 : 0) // what it says of its run
-        y += node.type.startsWith('ConceptLearn') ? 204 : 0 // the live preview
+        y += node.type.startsWith('ConceptLearn') || node.type === 'ConceptFuseLoras' ? 204 : 0 // the live preview
         wide = Math.max(wide, w)
       }
       if (here.length) x += wide + 70
