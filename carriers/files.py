@@ -27,9 +27,15 @@ LARGEST = 1 << 33
 LONGEST_HEADER = 16 << 20
 OWN = "concepts."
 TOKENS, STATE = OWN + "tokens.", OWN + "state."
-OURS = ("mapper", "modulation")
+OURS = ("mapper", "modulation", "edit")
 """Kinds whose tensors no other program could read."""
-SPECS = {"tokens": "textual-inversion", "delta": "lora", "mapper": "neti", "modulation": "tokenverse"}
+SPECS = {
+    "tokens": "textual-inversion",
+    "delta": "lora",
+    "mapper": "neti",
+    "modulation": "tokenverse",
+    "edit": "perfusion",
+}
 """Names of the kinds in https://github.com/Stability-AI/ModelSpec."""
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
