@@ -8,6 +8,7 @@ import pytest
 NODES = [
     ("learn", "LearnTokens"),
     ("kv", "LearnKV"),
+    ("locked", "LearnLocked"),
     ("residual", "LearnResiduals"),
     ("lora", "LearnLora"),
     ("modulation", "LearnModulation"),
