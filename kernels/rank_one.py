@@ -29,7 +29,7 @@ def edited(
     """
     seen, gram = rows @ duals.mT, directions @ duals.mT
     gates = torch.sigmoid((seen / gram.diagonal() - beta) / tau)
-    shares = (seen.double() @ torch.linalg.pinv(gram.double(), rtol=SINGULAR)).to(rows)
+    shares = seen @ torch.linalg.pinv(gram.cpu().double(), rtol=SINGULAR).to(rows)  # not every device has fp64
     return rows - (strength * shares) @ directions + (strength * gates) @ targets
 
 
