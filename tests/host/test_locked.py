@@ -12,8 +12,8 @@ from concepts.carriers.foreign import read_any
 
 from .test_learn import ordinary_entry, same
 from .test_neti import pictures
-from .test_variants import UNETS, concept, near, prompt, recorded, sample
-from .tiny import tiny
+from .test_variants import concept, near, prompt, recorded, sample
+from .tiny import KINDS, tiny
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -46,7 +46,7 @@ def learn(*args, **changes):
         return learning.learn(session(*args, **changes), preview_every=0, save_every=0, checkpointing="off")
 
 
-@pytest.fixture(scope="module", params=UNETS)
+@pytest.fixture(scope="module", params=KINDS[:3])
 def unet(request, host):
     return tiny(request.param)
 
@@ -313,7 +313,7 @@ def test_where_the_model_looks_is_shown(unet, mug):
     assert found.stage == "" and all(torch.isfinite(v).all() and v.shape[1] == 2 for v in found.maps.values())
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", KINDS[3:])
 def test_joint_attention_is_refused(mug_set, family):
     made = tiny(family)
     with pytest.raises(CarrierMismatch, match="no keys and values of the text to lock"):
