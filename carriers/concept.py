@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import delta, modulation
+from . import delta, edit, modulation
 from .errors import CarrierError
 from .mapper import check_mapper, networks, width
 
@@ -38,7 +38,8 @@ class Concept:
     tensors: Mapping[str, torch.Tensor]
     """For ``tokens``: rows of the encoder's input [stages, layers, roles, vectors, width] per encoder key, fp32.
     For ``delta``: the names and shapes of delta.py. For ``mapper``: a network's parts per encoder key (mapper.py). For
-    ``modulation``: directions per word, and the network that makes them (modulation.py)."""
+    ``modulation``: directions per word, and the network that makes them (modulation.py). For ``edit``: a row per
+    encoder key, and what comes into the place of its encoding (edit.py)."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """JSON facts: settings, losses, base model."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -79,6 +80,8 @@ class Concept:
             return delta.lines(self.tensors)
         if self.kind == "modulation":
             return modulation.lines(self.tensors, self.info)
+        if self.kind == "edit":
+            return edit.lines(self.tensors, self.info)
         lines = []
         for key, network in networks(self.tensors).items() if self.kind == "mapper" else ():
             count = sum(value.numel() for value in network.values())
@@ -121,4 +124,10 @@ def _check_tokens(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[
             )
 
 
-KINDS = {"tokens": _check_tokens, "delta": delta.check, "mapper": check_mapper, "modulation": modulation.check}
+KINDS = {
+    "tokens": _check_tokens,
+    "delta": delta.check,
+    "mapper": check_mapper,
+    "modulation": modulation.check,
+    "edit": edit.check,
+}

@@ -28,9 +28,15 @@ LARGEST = 1 << 33
 LONGEST_HEADER = 16 << 20
 OWN = "concepts."
 TOKENS, STATE = OWN + "tokens.", OWN + "state."
-OURS = ("mapper", "modulation")
+OURS = ("mapper", "modulation", "edit")
 """Kinds whose tensors no other program could read."""
-SPECS = {"tokens": "textual-inversion", "delta": "lora", "mapper": "neti", "modulation": "tokenverse"}
+SPECS = {
+    "tokens": "textual-inversion",
+    "delta": "lora",
+    "mapper": "neti",
+    "modulation": "tokenverse",
+    "edit": "perfusion",
+}
 """Names of the kinds in https://github.com/Stability-AI/ModelSpec."""
 LONGEST = 100
 """Bytes of a file's name without its ending; disks take 255, Windows 260 with all folders."""

@@ -80,7 +80,7 @@ def home(folder: str, concept) -> Path:
         return output()
     if concept.kind == "modulation":
         raise ValueError(f"<{concept.name}> modulates words, which only Concept Prompt can do; choose concepts.")
-    rows = as_tokens(concept) if concept.kind != "mapper" else None
+    rows = as_tokens(concept) if concept.kind in ("tokens", "delta") else None
     plain = rows is not None and all(value.shape[:3] == (1, 1, 1) for value in rows.tensors.values())
     if folder == "loras" and concept.kind != "delta":
         places = "concepts or embeddings" if plain else "concepts"

@@ -9,6 +9,7 @@ import torch
 from ..carriers.concept import Concept
 from ..carriers.errors import CarrierMismatch
 from . import modulation, words
+from .edits import Edit, read_edit, with_edits
 from .gradients import ordinary
 from .neti import places, read, with_bypass
 from .text import (
@@ -39,7 +40,13 @@ class _Shown(NamedTuple):
     rows: dict[str, torch.Tensor]
     bypass: dict[str, torch.Tensor]
     """Of a mapper: what is added behind the encoder."""
+    edit: Concept | None
+    """Which concept edits what the encoder gives."""
     strength: float
+
+    def encoded(self, cell: tuple[int, int, int]) -> tuple[int, ...]:
+        """What of (stage, layer, role) the encoder sees; bypass and edit come behind it."""
+        return () if self.edit else cell[:2] if self.bypass else cell
 
 
 def encode_prompt(clip, text: str, concepts: list[tuple[Concept, float]], cached: bool = False):
@@ -84,8 +91,9 @@ def _named(clip, text: str, by_name: Mapping[str, tuple[Concept, float]]) -> tup
         if given.kind == "modulation":
             known = ", ".join(f"<{name}:{word}>" for word in given.info["words"])
             raise ValueError(f"<{name}> teaches single words; write one of {known} in the place of <{name}>.")
+        edit = given if given.kind == "edit" else None
         given, bypass = read(given) if given.kind == "mapper" else (given, {})
-        concept = as_tokens(given)
+        concept = read_edit(given) if edit else as_tokens(given)
         if concept is None:
             names[name] = given.info.get("token_text") or name
             continue
@@ -94,7 +102,7 @@ def _named(clip, text: str, by_name: Mapping[str, tuple[Concept, float]]) -> tup
             names[name] = concept.info.get("init_text") or ""
         else:
             names[name] = f"embedding:{INNER}{len(shown)}"
-            shown.append(_Shown(concept, rows, bypass, strength))
+            shown.append(_Shown(concept, rows, bypass, edit, strength))
     return names, shown
 
 
@@ -112,8 +120,8 @@ def _variants(clip, text: str, shown: list[_Shown]) -> tuple[list, object]:
         raise not_read(clip, ", ".join(lost))
     grid, encoded, known, used = Grid.of([own.concept for own in shown]), [], {}, clip
 
-    def alike(cells):  # the bypass comes behind the encoder
-        return tuple(cell[:2] if own.bypass else cell for cell, own in zip(cells, shown, strict=True))
+    def alike(cells):
+        return tuple(own.encoded(cell) for cell, own in zip(cells, shown, strict=True))
 
     for stage in grid.index.flatten(1).tolist():
         tokens = {}
@@ -133,6 +141,10 @@ def _variants(clip, text: str, shown: list[_Shown]) -> tuple[list, object]:
                 found = places(encoders(clip), marked, MARKS + number)
                 added = {key: value[stage, layer][None] for key, value in own.bypass.items()}
                 entries = [[with_bypass(cond, found, added, own.strength), extra] for cond, extra in entries]
+        pairs = zip(cells, shown, strict=True)
+        edits = [Edit(own.edit, layer, role, own.strength) for (_, layer, role), own in pairs if own.edit]
+        if edits:
+            entries = [[with_edits(cond, edits), extra] for cond, extra in entries]
         encoded.append(entries)
     done = encoded[0] if len(encoded) == 1 else [attach(list(entries), grid) for entries in zip(*encoded, strict=True)]
     return done, used

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..carriers import edit
 from ..carriers.concept import Concept
 from .learn import Learned
 from .neti import read
@@ -37,7 +38,9 @@ def learned_text(done: Learned) -> str:
 
 
 def _rows(concept: Concept) -> dict[str, torch.Tensor]:
-    """Rows [..., width] per encoder key; of a mapper one per layer, at half of the noise schedule."""
+    """Rows [..., width] per encoder key; of a mapper one per layer, at half of the noise schedule; of an edit one."""
+    if concept.kind == "edit":
+        return edit.rows(concept.tensors)
     if concept.kind != "mapper":
         held = as_tokens(concept)
         return dict(held.tensors) if held else {}

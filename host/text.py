@@ -14,6 +14,7 @@ from comfy.sd1_clip import SDTokenizer
 from ..carriers.concept import Concept
 from ..carriers.delta import bundled
 from ..carriers.errors import CarrierMismatch
+from .edits import read_edit
 from .neti import read
 
 NAMED = re.compile(r"<([A-Za-z0-9_-]{1,64})>")
@@ -232,7 +233,9 @@ def as_tokens(concept: Concept) -> Concept | None:
 
 
 def named_rows(concept: Concept) -> Concept | None:
-    """As ``as_tokens``, also for a mapper: its reading at every part of the noise schedule."""
+    """As ``as_tokens``, also for a mapper: its reading at every part of the noise schedule; and for an edit."""
+    if concept.kind == "edit":
+        return read_edit(concept)
     return as_tokens(read(concept)[0] if concept.kind == "mapper" else concept)
 
 

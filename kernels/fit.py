@@ -33,6 +33,8 @@ class Adam:
     """Steps before which a parameter stays as it is; its moments begin then."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Learning rates of parameters that have their own."""
+    plain: Mapping[str, float] = field(default_factory=dict)
+    """Parameters that go against their gradient itself, and how much of it."""
 
     def start(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Fresh moments."""
@@ -46,6 +48,9 @@ class Adam:
         parameters = {k: p for k, p in parameters.items() if counts[k] > 0}
         _clip([p.grad for p in parameters.values()], self.clip)
         for key, parameter in parameters.items():
+            if key in self.plain:
+                parameter.sub_(parameter.grad, alpha=self.plain[key])
+                continue
             count, rate = counts[key], self.rates.get(key, self.learning_rate)
             first, second, grad = state[f"first.{key}"], state[f"second.{key}"], parameter.grad
             if self.decay:

@@ -15,6 +15,7 @@ from . import (  # noqa: E402
     finding,
     kv,
     learn,
+    locked,
     lora,
     matching,
     mix,
@@ -28,7 +29,8 @@ from . import (  # noqa: E402
 )
 
 MODULES = [
-    *(toy, concept_set, learn, residual, kv, scene, lora, modulation, refine, prompt, mix, attention),
+    *(toy, concept_set, learn, residual, kv, scene, locked, lora),
+    *(modulation, refine, prompt, mix, attention),
     *(features, matching, finding, dictionary, words, files),
 ]
 

@@ -236,3 +236,47 @@ def test_what_reads_no_latents_is_refused(change, info, message):
     tensors, facts = coded()
     with pytest.raises(CarrierError, match=message):
         Concept("p", "modulation", {k: v for k, v in (tensors | change).items() if v is not None}, facts | info)
+
+
+def edit(**changes):
+    """Of three layers that read rows of six numbers."""
+    g = torch.Generator().manual_seed(4)
+    parts = {"row.clip_l": (1, 4), "direction": (6,), "keys": (1, 6), "values": (3, 6)}
+    tensors = {k: torch.randn(*shape, generator=g) for k, shape in parts.items()}
+    tensors["dual"] = 2 * tensors["direction"]
+    return {k: v for k, v in (tensors | changes).items() if v is not None}
+
+
+EDIT = {"layers": ["input.1", "middle.0", "output.1"], "beta": 0.75, "tau": 0.1}
+
+
+@pytest.mark.parametrize(
+    "change, info, message",
+    [
+        ({}, {"layers": []}, "which layers"),
+        ({}, {"layers": "input.1"}, "which layers"),
+        ({}, {"layers": ["input.1"]}, "values has shape .3, 6., which does not fit 1 layers"),
+        ({}, {"beta": None}, "how its gate opens"),
+        ({}, {"tau": 0}, "how its gate opens"),
+        ({"direction": None}, {}, "direction of its edit is missing"),
+        ({"dual": None}, {}, "dual of its edit is missing"),
+        ({"keys": torch.ones(2, 6)}, {}, "keys has shape"),
+        ({"direction": torch.ones(5)}, {}, "does not fit"),
+        ({"direction": torch.ones(())}, {}, "does not fit"),
+        ({"row.clip_l": None}, {}, "no vector for a text encoder"),
+        ({"row.clip_g": torch.ones(2, 4)}, {}, "not part of an edit"),
+        ({"more": torch.ones(1, 4)}, {}, "not part of an edit"),
+        ({"values": torch.full((3, 6), float("nan"))}, {}, "not finite"),
+        ({"dual": -torch.ones(6), "direction": torch.ones(6)}, {}, "do not belong together"),
+    ],
+)
+def test_what_is_not_an_edit_is_refused(change, info, message):
+    with pytest.raises(CarrierError, match=message):
+        Concept("mug", "edit", edit(**change), EDIT | info)
+
+
+def test_summary_of_an_edit():
+    text = Concept("mug", "edit", edit(), EDIT).summary()
+    assert "clip_l: 1 vectors, 4 width" in text
+    assert "3 layers of 6 width with locked keys; gate at 0.75, width 0.1" in text
+    assert "keys of their own" in Concept("mug", "edit", edit(keys=torch.ones(3, 6)), EDIT).summary()

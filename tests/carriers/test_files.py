@@ -107,11 +107,19 @@ def modulation() -> Concept:
     return Concept("picture1", "modulation", tensors, info, {"first.controller.block.gate": torch.ones(2, 5)})
 
 
+def edit() -> Concept:
+    values = torch.arange(24, dtype=torch.float32).reshape(4, 6) / 8
+    parts = {"row.clip_l": values[:1, :4], "direction": values[1], "dual": values[2], "keys": values[:1]}
+    info = {"layers": ["input.1", "middle.0", "output.0"], "beta": 0.75, "tau": 0.1, "init_text": "mug"}
+    return Concept("locked", "edit", {**parts, "values": values[1:]}, info, {"first.values": values[1:]})
+
+
 FILES = [
     (golden, "golden_tokens_v1.safetensors"),
     (golden_delta, "golden_delta_v1.safetensors"),
     (mapper, "golden_mapper_v1.safetensors"),
     (modulation, "golden_modulation_v1.safetensors"),
+    (edit, "golden_edit_v1.safetensors"),
 ]
 
 
@@ -124,7 +132,7 @@ def same(a: Concept, b: Concept) -> bool:
     )
 
 
-@pytest.mark.parametrize("made", [golden, layered, keys_and_values, golden_delta, mapper, modulation])
+@pytest.mark.parametrize("made", [golden, layered, keys_and_values, golden_delta, mapper, modulation, edit])
 def test_round_trip(made, tmp_path):
     write_concept(made(), tmp_path / "a.safetensors", {"prompt": json.dumps({"1": {}})})
     assert same(read_any(tmp_path / "a.safetensors"), made())
@@ -213,7 +221,7 @@ def mutations(data: bytes, count: int, seed: int):
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("made", [golden, layered, golden_delta, mapper, modulation])
+@pytest.mark.parametrize("made", [golden, layered, golden_delta, mapper, modulation, edit])
 def test_damaged_files_are_refused_with_a_sentence(made, count, tmp_path):
     path = tmp_path / "a.safetensors"
     write_concept(made(), path, {"prompt": "{}"})

@@ -17,6 +17,7 @@ LEARNERS = {
     "kv": ("learn_kv", "KVSession", "KVSettings", {"init_text": "mug", "stages": 2}),
     "residual": ("learn_residual", "ResidualSession", "ResidualSettings", {"init_text": "mug", "anchors": 1}),
     "neti": ("learn_neti", "NetiSession", "NetiSettings", {"init_text": "mug"}),
+    "locked": ("learn_locked", "LockedSession", "LockedSettings", {"init_text": "mug"}),
     "lora": ("learn_lora", "LoraSession", "LoraSettings", {"token_text": "sks mug"}),
 }
 """Module, session, settings and what these need, of the learners besides tokens."""

@@ -86,6 +86,13 @@ def test_decay_and_clipping_equal_torch(decay, clip):
         torch.testing.assert_close(ours[key], theirs[key].detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_plain_parameters_go_against_their_gradient():
+    parameters, before = start(), start()
+    next(fit(parameters, lambda p, s, m: (p["a"] ** 2).sum() + p["b"].sum(), Adam(0.03, plain={"a": 0.1}), 1))
+    torch.testing.assert_close(parameters["a"].detach(), 0.8 * before["a"])
+    torch.testing.assert_close(parameters["b"].detach(), before["b"] - 0.03)
+
+
 def test_vectors_without_a_gradient_do_not_decay():
     parameters = {"a": torch.ones(3, 4)}
     next(fit(parameters, lambda p, s, m: p["a"][1].sum(), Adam(0.01, decay=0.5), 1))
@@ -94,8 +101,14 @@ def test_vectors_without_a_gradient_do_not_decay():
 
 @pytest.mark.parametrize(
     "optimiser",
-    [Adam(0.03), Adam(0.03, decay=0.1, clip=0.3), Sphere({}, 0.05), UnitRows(0.03, rows="a", warmup=9)],
-    ids=["adam", "adamw", "sphere", "unit rows"],
+    [
+        Adam(0.03),
+        Adam(0.03, decay=0.1, clip=0.3),
+        Adam(0.03, plain={"a": 0.01}),
+        Sphere({}, 0.05),
+        UnitRows(0.03, rows="a", warmup=9),
+    ],
+    ids=["adam", "adamw", "plain", "sphere", "unit rows"],
 )
 def test_continuing_equals_one_run_bit_for_bit(optimiser):
     whole, losses = run(optimiser, 17, accumulate=2)

@@ -8,6 +8,7 @@ import pytest
 NODES = [
     ("learn", "LearnTokens"),
     ("kv", "LearnKV"),
+    ("locked", "LearnLocked"),
     ("residual", "LearnResiduals"),
     ("scene", "LearnScene"),
     ("lora", "LearnLora"),

@@ -157,7 +157,23 @@ def test_the_stock_loss_graph_takes_the_losses(client):
 @pytest.mark.parametrize("which", ["4_", "5_", "6_", "7_", "8_", "9_", "15_", "16_", "17_", "18_"])
 def test_every_learner_learns_saves_and_draws(client, server, which):
     """The graphs of the other learners with fewer steps, from pictures to scenes."""
-    made = graph(which)
+    learns_saves_and_draws(client, server, which, graph(which))
+
+
+@pytest.mark.slow
+def test_a_key_locked_concept_learns_saves_and_draws(client, server):
+    """In the place of K/V tokens, on the same picture."""
+    made, kind = graph("5_"), "ConceptLearnLocked"
+    (learner,) = keys(made, "ConceptLearnKV")
+    node, given = client.get(f"/object_info/{kind}")[kind], made[learner]["inputs"]
+    own = {**node["input"]["required"], **node["input"].get("optional", {})}
+    usual = {k: more[0]["default"] for k, (_, *more) in own.items() if more and "default" in more[0]}
+    made[learner] = {"class_type": kind, "inputs": usual | {k: v for k, v in given.items() if k in own}}
+    made = {k: n for k, n in made.items() if n["inputs"].get("images") != [learner, 5]}
+    learns_saves_and_draws(client, server, "5_", made)
+
+
+def learns_saves_and_draws(client, server, which, made):
     for node in made.values():
         if node["class_type"].startswith("ConceptLearn"):
             node["inputs"] |= {"steps": 3, "preview_every": 2, "save_every": 0}
