@@ -112,10 +112,10 @@ def measured(parts, eyes, name: str, seed: int, method: str) -> dict:
     }
 
 
-def table(rows: list[dict]) -> dict:
-    """Method -> means, and gains over Textual Inversion."""
+def table(rows: list[dict], base: str = "Textual Inversion") -> dict:
+    """Method -> means, and gains over ``base``."""
     keys = ("outside", "colour", "pattern", "following", "fidelity")
-    return arms.table(rows, METHODS, keys, "Textual Inversion", keys)
+    return arms.table(rows, METHODS, keys, base, keys)
 
 
 def main(options, rest) -> int:
@@ -125,6 +125,7 @@ def main(options, rest) -> int:
         table(rows),
         settings=SETTINGS,
         locked=LOCKED_SETTINGS,
+        locked_against_learned_keys=table(rows, "keys learned too").get("key-locked"),
         methods=METHODS,
         even=sum(map(even, NAMES)) / len(NAMES),
     )

@@ -87,7 +87,21 @@ def table(rows: list[dict]) -> dict:
     return arms.table(rows, METHODS, (*keys, "ground", "ground by its name"), "Textual Inversion", keys)
 
 
+def against(rows: list[dict], method: str, base: str) -> dict:
+    """What ``method`` has more of than ``base``, with intervals."""
+    keys = ("fidelity", "ground")
+    found = arms.table(rows, (method,), keys, base, keys)[method]
+    return {key: found[f"{key} gain"] for key in keys}
+
+
 def main(options, rest) -> int:
     rows = arms.rows_of("scene", METHODS, NAMES, rest, measured)
-    arms.report("scene", table(rows), settings={**SETTINGS, "attention_layers": LAYERS}, methods=METHODS)
+    arms.report(
+        "scene",
+        table(rows),
+        settings={**SETTINGS, "attention_layers": LAYERS},
+        methods=METHODS,
+        attention_loss_against_none=against(rows, "Break-A-Scene", "no attention loss"),
+        together_against_apart=against(rows, "no attention loss", "masked loss"),
+    )
     return 0

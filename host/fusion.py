@@ -23,12 +23,12 @@ from .loading import advised
 from .progress import Progress, say
 from .query import sampled
 from .session import fingerprint
-from .text import NAMED, as_tokens, encoders
+from .text import as_tokens, encoders, words_of
 
 
 @dataclass(frozen=True)
 class FusionSettings:
-    """How LoRAs are fused. Raises: CarrierError for the name."""
+    """How LoRAs are fused. Raises: CarrierError for the name, ValueError for prompts without ``{}``."""
 
     name: str
     prompts: tuple[str, ...]
@@ -48,13 +48,13 @@ class FusionSettings:
             )
 
 
-def words_of(concept: Concept) -> str:
+def named(concept: Concept) -> str:
     """What stands for a concept in the prompts it was learned with, ``<name>`` for its rows.
 
     Raises: CarrierMismatch when nobody can tell.
     """
-    rows, said = as_tokens(concept), concept.info.get("token_text", "")
-    text = NAMED.sub("{}", said) or ("{}" if rows else "")
+    rows = as_tokens(concept)
+    text = words_of(concept.info.get("token_text", ""), rows is not None)
     if not text or ("{}" in text and not rows):
         raise CarrierMismatch(
             f"Concept <{concept.name}> does not say by which words it was learned, so it cannot be drawn; connect what "
@@ -79,7 +79,7 @@ def fuse(
         )
     places = [lora.places(model, c) for c in concepts]
     paths = {path: layer for found in reversed(places) for layer, path in found.items()}
-    said = [[text.replace("{}", words) for text in settings.prompts] for words in map(words_of, concepts)]
+    said = [[text.replace("{}", words) for text in settings.prompts] for words in map(named, concepts)]
     runs = [*zip(concepts, said, strict=True), *([(None, settings.keep)] if settings.keep else [])]
     progress = Progress(settings.steps * sum(len(texts) for _, texts in runs), model)
     advice = "Out of memory while the LoRAs draw: make latent_image smaller, or its batch 1."

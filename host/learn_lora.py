@@ -26,7 +26,7 @@ from .concept_set import ConceptSet
 from .denoise import noise_time
 from .gradients import ordinary
 from .session import RunSettings, Session
-from .text import NAMED, as_tokens, concept_rows, encoders
+from .text import as_tokens, concept_rows, encoders, words_of
 from .variants import Grid, layers_of
 
 ROWS = "rows."
@@ -259,7 +259,7 @@ def captions(
     them when there are only as many residuals as pictures.
     Raises: ValueError when nothing stands for the concept, or residuals and pictures do not match.
     """
-    phrase = NAMED.sub("{}", settings.token_text.strip()) or ("{}" if tokens else "")
+    phrase = words_of(settings.token_text, tokens)
     if not phrase:
         raise ValueError(
             "Nothing stands for the concept in prompts: connect tokens, or write token_text, for example: sks mug."

@@ -217,6 +217,11 @@ def fill(text: str, names: Mapping[str, str]) -> str:
     return NAMED.sub(lambda m: swap(m) if m[1] in names else m[0], text)
 
 
+def words_of(token_text: str, rows: bool) -> str:
+    """What stands for a LoRA's concept in prompts, ``{}`` for its ``rows``; empty when nothing does."""
+    return NAMED.sub("{}", token_text.strip()) or ("{}" if rows else "")
+
+
 def plain_rows(concept: Concept, encoder: Encoder, count: int) -> torch.Tensor:
     """What strength 0 stands for: the rows of the word the concept started from, else the vocabulary's mean."""
     text = concept.info.get("init_text") or ""
